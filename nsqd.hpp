@@ -1,0 +1,7031 @@
+// SPDX-License-Identifier: MIT
+// nsqd.hpp: an NSQ message queue daemon in one C++17 header.
+
+#ifndef NSQD_HPP
+#define NSQD_HPP
+
+#include <arpa/inet.h>
+#include <dirent.h>
+#include <fcntl.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <pthread.h>
+#include <regex.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <cmath>
+#include <condition_variable>
+#include <csignal>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <ctime>
+#include <deque>
+#include <functional>
+#include <future>
+#include <initializer_list>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <tuple>
+#include <type_traits>
+#include <unordered_map>
+#include <utility>
+#include <variant>
+#include <vector>
+
+// ---------------------------------------------------------------------------------------------------------------------
+// [1] Interface
+//
+// All that a program which embeds the daemon needs. Nothing below this section has to be read to use it.
+// Always: every member function of Daemon and Subscription may be called from any thread, but not from two threads while
+// the object is being destroyed.
+// ---------------------------------------------------------------------------------------------------------------------
+
+#define NSQD_VERSION_MAJOR 1
+#define NSQD_VERSION_MINOR 0
+#define NSQD_VERSION_PATCH 0
+
+namespace nsqd {
+
+inline constexpr std::string_view kVersion = "1.0.0";          // of this header
+inline constexpr std::string_view kProtocolVersion = "1.3.0";  // the nsqd that this daemon answers as
+
+using Duration = std::chrono::nanoseconds;
+
+enum class Level { kDebug = 1, kInfo, kWarning, kError, kFatal };  // the numbers are those of GET /config/log_level
+
+/// The settings of a daemon. Each is named as its flag with underscores; the defaults are those of nsqd 1.3.0.
+/// `nsqd --help` explains each of them, and section [14] holds the table of flags.
+struct Options {
+  // Where it listens: host:port, or the path of a Unix socket. Port 0 takes any free port (see Daemon::tcp_port).
+  std::string tcp_address = "0.0.0.0:4150";
+  std::string http_address = "0.0.0.0:4151";   // empty: no HTTP
+  std::string https_address = "0.0.0.0:4152";  // accepted and shown; there is no TLS here, so never listened on
+  std::string broadcast_address;               // empty: the host's name
+  int64_t broadcast_tcp_port = 0;              // 0: the port listened on
+  int64_t broadcast_http_port = 0;
+
+  // Where it stores, and how safely.
+  std::string data_path;                // empty: the current directory; it must exist
+  bool mem_only = false;                // no data path, no lock, no files: everything ends with the process
+  int64_t mem_queue_size = 10000;       // messages; bounds what is kept in memory only: ephemerals, and all with mem_only
+  int64_t max_bytes_per_file = 104857600;
+  int64_t sync_every = 2500;            // publishes and finishes per fsync; 1: a publish is answered after its fsync
+  Duration sync_timeout = std::chrono::seconds(2);  // fsync at least this often when something changed; 0: never by time
+
+  // Limits for clients.
+  Duration msg_timeout = std::chrono::minutes(1);
+  Duration max_msg_timeout = std::chrono::minutes(15);
+  int64_t max_msg_size = 1048576;   // bytes
+  int64_t max_body_size = 5242880;  // bytes
+  Duration max_req_timeout = std::chrono::hours(1);
+  Duration max_heartbeat_interval = std::chrono::minutes(1);
+  int64_t max_rdy_count = 2500;
+  int64_t max_output_buffer_size = 65536;
+  Duration max_output_buffer_timeout = std::chrono::seconds(30);
+  Duration min_output_buffer_timeout = std::chrono::milliseconds(25);
+  Duration output_buffer_timeout = std::chrono::milliseconds(250);
+  int64_t max_channel_consumers = 0;  // 0: no limit
+
+  // The cluster.
+  static constexpr int64_t kFromHostName = std::numeric_limits<int64_t>::min();
+  int64_t node_id = kFromHostName;  // 0 to 1023, part of every message id; the default is nsqd's hash of the host's name
+  std::vector<std::string> lookupd_tcp_address;
+  std::vector<std::string> auth_http_address;
+  std::string auth_http_request_method = "get";
+  Duration http_client_connect_timeout = std::chrono::seconds(2);
+  Duration http_client_request_timeout = std::chrono::seconds(5);
+  std::string topology_region;
+  std::string topology_zone;
+  std::vector<std::string> enable_experiment;
+
+  // What it tells about itself.
+  Level log_level = Level::kInfo;
+  std::string log_prefix = "[nsqd] ";
+  std::function<void(std::string_view line)> log;  // takes each line, without its newline; empty: standard error
+  std::string statsd_address;
+  std::string statsd_prefix = "nsq.%s";
+  Duration statsd_interval = std::chrono::minutes(1);
+  bool statsd_mem_stats = true;
+  int64_t statsd_udp_packet_size = 508;
+  bool statsd_exclude_ephemeral = false;
+  std::vector<double> e2e_processing_latency_percentile;
+  Duration e2e_processing_latency_window_time = std::chrono::minutes(10);
+
+  // Accepted for nsqd's sake. TLS settings stop the start; the others change nothing but what is shown.
+  std::string tls_cert, tls_key, tls_root_ca_file, tls_client_auth_policy;
+  int64_t tls_required = 0;       // 0 no, 1 tcp-https, 2 yes
+  int64_t tls_min_version = 769;  // TLS 1.0, as its number on the wire
+  bool deflate = true;
+  bool snappy = true;
+  int64_t max_deflate_level = 6;
+  int64_t queue_scan_worker_pool_max = 4;
+  int64_t queue_scan_selection_count = 20;
+};
+
+/// Ends a start early: what() is for the user. Thrown for a wrong flag (status 2), for --help and --version (status 0).
+struct EarlyExit : std::runtime_error {
+  EarlyExit(int exit_status, const std::string& text, bool on_stdout = false)
+      : std::runtime_error(text), status(exit_status), to_stdout(on_stdout) {}
+  int status;
+  bool to_stdout;
+};
+
+/// The options that a command line asks for: flag over config file over default. Throws EarlyExit for flags that are
+/// wrong or that only ask for a text, std::runtime_error for a config file that is wrong.
+Options options_from(int argc, const char* const* argv);
+
+/// A message as a consumer in this process gets it.
+struct Message {
+  std::string id;         // 16 characters, as on the wire
+  std::string body;
+  int64_t timestamp = 0;  // of its publication, nanoseconds since 1970
+  uint16_t attempts = 0;  // 1 at the first delivery
+};
+
+/// A snapshot of what GET /stats tells. All counters start at 0 with the process; depths count what is stored.
+struct ClientStats {
+  std::string client_id, hostname, user_agent, remote_address, auth_identity, auth_identity_url;
+  std::string topology_region, topology_zone;
+  int state = 0;               // 0 init, 3 subscribed, 4 closing
+  int64_t ready_count = 0, in_flight_count = 0, message_count = 0, finish_count = 0, requeue_count = 0;
+  int64_t connected_at = 0;    // Unix seconds
+  int64_t connected_for = 0;   // nanoseconds
+  int sample_rate = 0;
+  bool authed = false;
+  std::vector<std::pair<std::string, uint64_t>> pub_counts;  // topic, messages published
+};
+
+struct LatencyStats {
+  uint64_t count = 0;                                  // samples in the window
+  std::vector<std::pair<double, int64_t>> percentiles; // quantile, nanoseconds
+};
+
+struct ChannelStats {
+  std::string name;
+  int64_t depth = 0, backend_depth = 0, in_flight_count = 0, deferred_count = 0;
+  uint64_t message_count = 0, requeue_count = 0, timeout_count = 0;
+  uint64_t zone_local_count = 0, region_local_count = 0, global_count = 0;
+  int64_t client_count = 0;
+  std::vector<ClientStats> clients;  // empty where they were not asked for
+  bool paused = false;
+  LatencyStats latency;
+};
+
+struct TopicStats {
+  std::string name;
+  int64_t depth = 0, backend_depth = 0;
+  uint64_t message_count = 0, message_bytes = 0;
+  bool paused = false;
+  std::vector<ChannelStats> channels;  // sorted by name
+  LatencyStats latency;
+};
+
+struct Stats {
+  std::string health;              // "OK", or "NOK - " and why
+  int64_t start_time = 0;          // Unix seconds
+  std::vector<TopicStats> topics;  // sorted by name
+  std::vector<ClientStats> producers;
+};
+
+namespace detail {
+class Engine;
+struct LocalConsumer;
+}  // namespace detail
+
+/// A consumer inside this process, one of the channel's consumers like any that came over a socket. Its messages must be
+/// finished, requeued or touched within Options::msg_timeout. Destroying it gives back at once what it had in flight.
+class Subscription {
+ public:
+  Subscription(Subscription&&) noexcept;
+  Subscription& operator=(Subscription&&) noexcept;
+  ~Subscription();
+  /// The next message; nothing when none came within `timeout`, or when the daemon stopped or the channel was deleted.
+  std::optional<Message> next(Duration timeout);
+  /// Each returns whether the message was in flight with this subscription (false after its time-out).
+  bool finish(const Message& message);
+  bool requeue(const Message& message, Duration delay = Duration::zero());
+  bool touch(const Message& message);
+
+ private:
+  friend class Daemon;
+  explicit Subscription(std::shared_ptr<detail::LocalConsumer> consumer) : consumer_(std::move(consumer)) {}
+  std::shared_ptr<detail::LocalConsumer> consumer_;
+};
+
+/// The daemon. Its constructor takes the lock of the data path, binds the listeners and loads what is stored; it throws
+/// std::runtime_error with a text that says what to do. The destructor stops it.
+class Daemon {
+ public:
+  explicit Daemon(Options options);
+  ~Daemon();
+  Daemon(const Daemon&) = delete;
+  Daemon& operator=(const Daemon&) = delete;
+
+  /// Begins to serve, on a thread of its own, and returns at once.
+  void start();
+  /// Closes the listeners, the clients and the topics, in this order, and unlocks the data path. Nothing that was
+  /// accepted is lost. A second call does nothing.
+  void stop();
+
+  int tcp_port() const;   // -1 on a Unix socket
+  int http_port() const;  // -1 on a Unix socket, 0 without HTTP
+
+  /// Store messages as PUB, MPUB and DPUB do, and return when they are as safe as the daemon's options make them. Throw
+  /// std::invalid_argument for a bad name, size or delay, std::runtime_error when it cannot store or was stopped.
+  void publish(std::string_view topic, std::string_view body);
+  void publish(std::string_view topic, const std::vector<std::string>& bodies);
+  void publish_deferred(std::string_view topic, std::string_view body, Duration delay);
+
+  /// Consume in this process, with at most `max_in_flight` messages unfinished. Throws as publish does.
+  Subscription subscribe(std::string_view topic, std::string_view channel, int max_in_flight = 1);
+
+  /// Administration, as its HTTP calls do it. create throws std::invalid_argument for a bad name; the others return
+  /// whether the topic or channel was there.
+  void create_topic(std::string_view topic);
+  void create_channel(std::string_view topic, std::string_view channel);
+  bool delete_topic(std::string_view topic);
+  bool delete_channel(std::string_view topic, std::string_view channel);
+  bool empty_topic(std::string_view topic);
+  bool empty_channel(std::string_view topic, std::string_view channel);
+  bool pause_topic(std::string_view topic, bool paused = true);
+  bool pause_channel(std::string_view topic, std::string_view channel, bool paused = true);
+  Stats stats() const;
+
+ private:
+  std::unique_ptr<detail::Engine> engine_;
+};
+
+/// What a service gets from run().
+struct Environment {
+  int argc = 0;
+  const char* const* argv = nullptr;
+  std::function<void()> end;  // ends run() as a signal would; may be called from any thread, and more than once
+};
+
+/// A program that starts, runs until a signal, and stops. init and start throw what stops the program at once.
+class Service {
+ public:
+  virtual ~Service() = default;
+  virtual void init(const Environment& environment) = 0;
+  virtual void start() = 0;  // must not block
+  virtual int stop() = 0;    // returns the exit status
+};
+
+/// init, start, wait for a signal, stop: returns what stop returned, or, after a message on standard error, a status that
+/// is not 0 when init or start threw. The signals are blocked from the first step on and stay blocked afterwards: one that
+/// comes during the start is not lost, and a second one changes nothing. The only function here that touches signals.
+int run(Service& service, int argc, const char* const* argv, std::initializer_list<int> signals = {SIGINT, SIGTERM});
+
+}  // namespace nsqd
+
+// ---------------------------------------------------------------------------------------------------------------------
+// [2] Ground
+//
+// Tools of a few lines each: results, descriptors, byte order, names, clocks, timers, message ids, checksums.
+// ---------------------------------------------------------------------------------------------------------------------
+
+namespace nsqd::detail {
+
+inline constexpr int64_t kMicrosecond = 1000, kMillisecond = 1000 * kMicrosecond, kSecond = 1000 * kMillisecond;
+inline constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
+
+/// What can fail on the loop returns a Status; only the start throws.
+struct [[nodiscard]] Status {
+  std::string error;  // empty: it worked
+  bool ok() const { return error.empty(); }
+};
+
+/// The parts one after the other: texts as they are, numbers in decimal.
+template <typename... Parts>
+std::string text(const Parts&... parts) {
+  std::string joined;
+  auto add = [&joined](const auto& part) {
+    if constexpr (std::is_arithmetic_v<std::decay_t<decltype(part)>>) joined += std::to_string(part);
+    else joined += part;
+  };
+  (add(parts), ...);
+  return joined;
+}
+
+/// The one place where errno becomes a text.
+inline Status system_error(std::string_view action, std::string_view path, int code = errno) {
+  return {text(action, " ", path, ": ", std::strerror(code))};
+}
+
+inline Duration to_duration(int64_t nanoseconds) { return Duration(nanoseconds); }
+
+/// a + b, or the largest value where that would overflow. For times that a client may choose.
+inline int64_t saturating_add(int64_t a, int64_t b) {
+  int64_t sum = 0;
+  return __builtin_add_overflow(a, b, &sum) ? kNever : sum;
+}
+
+/// Owns a file descriptor.
+class Fd {
+ public:
+  explicit Fd(int fd = -1) : fd_(fd) {}
+  Fd(Fd&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+  Fd& operator=(Fd&& other) noexcept {
+    std::swap(fd_, other.fd_);
+    return *this;
+  }
+  ~Fd() { close(); }
+  int get() const { return fd_; }
+  explicit operator bool() const { return fd_ >= 0; }
+  void close() {
+    if (fd_ >= 0) ::close(fd_);
+    fd_ = -1;
+  }
+
+ private:
+  int fd_;
+};
+
+// Numbers in memory: host byte order for our own files, big endian for the wire. memcpy keeps this free of alignment
+// and aliasing rules and compiles to a single instruction.
+template <typename Number>
+Number load(const char* from) {
+  Number number;
+  std::memcpy(&number, from, sizeof number);
+  return number;
+}
+template <typename Number>
+void store(char* to, Number number) {
+  std::memcpy(to, &number, sizeof number);
+}
+template <typename Number>
+Number get_be(const char* from) {
+  Number number = 0;
+  for (size_t i = 0; i < sizeof number; ++i) number = static_cast<Number>((number << 8) | static_cast<uint8_t>(from[i]));
+  return number;
+}
+template <typename Number>
+void put_be(char* to, Number number) {
+  for (size_t i = sizeof number; i-- > 0; number = static_cast<Number>(number >> 8)) to[i] = static_cast<char>(number & 0xFF);
+}
+
+inline constexpr std::string_view kEphemeral = "#ephemeral";
+
+inline bool ends_with(std::string_view whole, std::string_view end) {
+  return whole.size() >= end.size() && whole.substr(whole.size() - end.size()) == end;
+}
+inline bool is_ephemeral(std::string_view name) { return ends_with(name, kEphemeral); }
+
+/// Topic and channel names: 1 to 64 of . _ - and ASCII letters and digits, the suffix #ephemeral counted but not alone.
+inline bool valid_name(std::string_view name) {
+  if (name.empty() || name.size() > 64) return false;
+  if (is_ephemeral(name)) name.remove_suffix(kEphemeral.size());
+  auto allowed = [](char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '.' || c == '_' || c == '-';
+  };
+  return !name.empty() && std::all_of(name.begin(), name.end(), allowed);
+}
+
+inline char lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c; }
+inline std::string lower(std::string_view word) {
+  std::string lowered(word);
+  for (char& c : lowered) c = lower(c);
+  return lowered;
+}
+inline bool same_word(std::string_view a, std::string_view b) {
+  return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin(), [](char x, char y) { return lower(x) == lower(y); });
+}
+inline std::string_view trimmed(std::string_view word) {
+  const size_t first = word.find_first_not_of(" \t\r");
+  return first == word.npos ? std::string_view() : word.substr(first, word.find_last_not_of(" \t\r") - first + 1);
+}
+
+/// A whole decimal number: digits only, unless a sign is allowed. Nothing for anything else, overflow included.
+inline std::optional<int64_t> decimal(std::string_view digits, bool sign_allowed = false) {
+  const bool negative = sign_allowed && !digits.empty() && digits[0] == '-';
+  if (sign_allowed && !digits.empty() && (digits[0] == '-' || digits[0] == '+')) digits.remove_prefix(1);
+  if (digits.empty()) return std::nullopt;
+  int64_t number = 0;
+  for (char c : digits) {
+    if (c < '0' || c > '9') return std::nullopt;
+    const int64_t digit = negative ? -(c - '0') : c - '0';
+    if (__builtin_mul_overflow(number, 10, &number) || __builtin_add_overflow(number, digit, &number)) return std::nullopt;
+  }
+  return number;
+}
+
+/// The time of a turn: monotonic for deadlines, wall clock for what is stored or shown. Both in nanoseconds.
+struct Now {
+  int64_t steady = 0;
+  int64_t wall = 0;
+};
+
+class Timer;
+
+/// All deadlines of a daemon, the earliest first. Timers are set and fired by the loop's thread only.
+class Timers {
+ public:
+  int64_t next() const { return queue_.empty() ? kNever : queue_.begin()->first; }
+  void run(int64_t now);
+
+ private:
+  friend class Timer;
+  std::set<std::pair<int64_t, Timer*>> queue_;
+};
+
+/// Calls `fire` once when its time has come, if it was set; destroying it takes it back.
+class Timer {
+ public:
+  Timer(Timers& timers, std::function<void()> fire) : timers_(timers), fire_(std::move(fire)) {}
+  Timer(const Timer&) = delete;
+  Timer& operator=(const Timer&) = delete;
+  ~Timer() { set(kNever); }
+  int64_t due() const { return due_; }
+  void set(int64_t due) {
+    if (due == due_) return;
+    if (due_ != kNever) timers_.queue_.erase({due_, this});
+    due_ = due;
+    if (due_ != kNever) timers_.queue_.insert({due_, this});
+  }
+
+ private:
+  friend class Timers;
+  Timers& timers_;
+  std::function<void()> fire_;
+  int64_t due_ = kNever;
+};
+
+inline void Timers::run(int64_t now) {
+  while (next() <= now) {
+    Timer* timer = queue_.begin()->second;
+    timer->set(kNever);
+    const auto fire = timer->fire_;  // a copy: the timer may be destroyed by what it fires
+    fire();
+  }
+}
+
+/// A message's id: 16 characters, opaque to everyone but IdSource.
+struct MessageId {
+  std::array<char, 16> text;
+  bool operator==(const MessageId& other) const { return std::memcmp(text.data(), other.text.data(), 16) == 0; }
+  static MessageId from(const char* characters) {
+    MessageId id;
+    std::memcpy(id.text.data(), characters, 16);
+    return id;
+  }
+  uint64_t hash() const {
+    const uint64_t mixed = (load<uint64_t>(text.data()) ^ (load<uint64_t>(text.data() + 8) * 0x9E3779B97F4A7C15u));
+    return (mixed * 0xD6E8FEB86659FD93u) >> 16;
+  }
+};
+
+/// Makes ids as nsqd 1.3.0 lays them out: 42 bits of time in steps of 2^20 ns, 10 bits of node, 12 bits of sequence, in 16
+/// lower-case hex digits. Always: each id is larger than the one before; when a step's 4096 are used up, the next step is
+/// begun ahead of the clock, where nsqd makes its publisher sleep.
+class IdSource {
+ public:
+  explicit IdSource(int64_t node) : node_(static_cast<uint64_t>(node) << 12) {}
+  MessageId next(int64_t wall) {
+    static constexpr int64_t kTwepoch = 1288834974288;  // nsqd 1.3.0's own zero
+    const uint64_t step = static_cast<uint64_t>((wall >> 20) - kTwepoch);
+    if (step > step_) {
+      step_ = step;
+      sequence_ = 0;
+    } else if (++sequence_ == 4096) {
+      ++step_;
+      sequence_ = 0;
+    }
+    return hex(step_ << 22 | node_ | sequence_);
+  }
+  /// Never make an id below this one again: it was found in the log at the start.
+  void skip_past(const MessageId& id) {
+    uint64_t number = 0;
+    for (char c : id.text) {
+      const int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+      if (digit < 0) return;  // not one of ours
+      number = number << 4 | static_cast<uint64_t>(digit);
+    }
+    if ((number & 0x3FF000) == node_) step_ = std::max(step_, (number >> 22) + 1);
+  }
+
+ private:
+  static MessageId hex(uint64_t number) {
+    MessageId id;
+    for (size_t i = 16; i-- > 0; number >>= 4) id.text[i] = "0123456789abcdef"[number & 15];
+    return id;
+  }
+  uint64_t node_;
+  uint64_t step_ = 0;
+  uint64_t sequence_ = 0;
+};
+
+/// Tells a damaged or foreign record from a whole one. Four lanes of multiply and rotate, 32 bytes a round: each step is a
+/// bijection of the word it takes in, so a change within any one word is always noticed before the last fold to 32 bits.
+inline uint32_t checksum(uint64_t seed, const char* data, size_t size) {
+  constexpr uint64_t kOdd = 0x9E3779B97F4A7C15u;
+  auto stir = [](uint64_t lane, uint64_t word) {
+    lane = (lane ^ word) * 0x9E3779B97F4A7C15u;
+    return lane << 29 | lane >> 35;
+  };
+  uint64_t a = seed ^ (size * kOdd), b = seed + 1, c = ~seed, d = seed * kOdd;
+  for (; size >= 32; data += 32, size -= 32) {
+    a = stir(a, load<uint64_t>(data));
+    b = stir(b, load<uint64_t>(data + 8));
+    c = stir(c, load<uint64_t>(data + 16));
+    d = stir(d, load<uint64_t>(data + 24));
+  }
+  for (; size >= 8; data += 8, size -= 8) a = stir(a, load<uint64_t>(data));
+  uint64_t rest = 0;
+  if (size > 0) std::memcpy(&rest, data, size);
+  const uint64_t folded = stir(stir(stir(stir(a, rest), b), c), d);
+  return static_cast<uint32_t>(folded ^ (folded >> 32));
+}
+
+/// CRC-32 (IEEE 802.3), bit by bit: used once, for the default node id.
+inline uint32_t crc32(std::string_view data) {
+  uint32_t crc = ~0u;
+  for (char c : data) {
+    crc ^= static_cast<uint8_t>(c);
+    for (int bit = 0; bit < 8; ++bit) crc = (crc >> 1) ^ ((crc & 1) ? 0xEDB88320u : 0u);
+  }
+  return ~crc;
+}
+
+/// MD5 (RFC 1321): used once, for the default node id. Not for secrets.
+inline std::string md5(std::string_view data) {
+  std::string padded(data);
+  padded += '\x80';
+  padded.resize((padded.size() + 8 + 63) / 64 * 64 - 8);
+  for (size_t i = 0; i < 8; ++i) padded += static_cast<char>((static_cast<uint64_t>(data.size()) * 8) >> (8 * i) & 0xFF);
+  constexpr std::array<std::array<uint32_t, 4>, 4> kShift = {{{7, 12, 17, 22}, {5, 9, 14, 20}, {4, 11, 16, 23}, {6, 10, 15, 21}}};
+  std::array<uint32_t, 4> state = {0x67452301, 0xefcdab89, 0x98badcfe, 0x10325476};
+  for (size_t block = 0; block < padded.size(); block += 64) {
+    auto [a, b, c, d] = state;
+    for (uint32_t i = 0; i < 64; ++i) {
+      const uint32_t round = i / 16;
+      const uint32_t mix = round == 0 ? (b & c) | (~b & d) : round == 1 ? (d & b) | (~d & c) : round == 2 ? b ^ c ^ d : c ^ (b | ~d);
+      const uint32_t at = round == 0 ? i : round == 1 ? (5 * i + 1) % 16 : round == 2 ? (3 * i + 5) % 16 : (7 * i) % 16;
+      uint32_t word = 0;
+      for (size_t k = 4; k-- > 0;) word = word << 8 | static_cast<uint8_t>(padded[block + at * 4 + k]);
+      const uint32_t sine = static_cast<uint32_t>(std::fabs(std::sin(i + 1.0)) * 4294967296.0);
+      const uint32_t turned = a + mix + word + sine;
+      const uint32_t by = kShift[round][i % 4];
+      a = d;
+      d = c;
+      c = b;
+      b += turned << by | turned >> (32 - by);
+    }
+    state = {state[0] + a, state[1] + b, state[2] + c, state[3] + d};
+  }
+  std::string digest;
+  for (uint32_t word : state)
+    for (uint32_t i = 0; i < 4; ++i) digest += static_cast<char>(word >> (8 * i) & 0xFF);
+  return digest;
+}
+
+inline std::string host_name() {
+  std::array<char, 256> name{};
+  return ::gethostname(name.data(), name.size() - 1) == 0 ? std::string(name.data()) : std::string("localhost");
+}
+
+/// A Go-style duration (1h2m3.5s), as nsqd shows the time that it has been up.
+inline std::string duration_text(int64_t nanoseconds) {
+  if (nanoseconds < kSecond) {
+    const bool ms = nanoseconds >= kMillisecond;
+    std::string shown = std::to_string(static_cast<double>(nanoseconds) / static_cast<double>(ms ? kMillisecond : kMicrosecond));
+    shown.erase(shown.find_last_not_of('0') + 1);
+    if (shown.back() == '.') shown.pop_back();
+    return nanoseconds == 0 ? "0s" : shown + (ms ? "ms" : "\xC2\xB5s");
+  }
+  const int64_t seconds = nanoseconds / kSecond;
+  std::string fraction = std::to_string(kSecond + nanoseconds % kSecond).replace(0, 1, ".");
+  fraction.erase(fraction.find_last_not_of('0') + 1);
+  std::string shown = std::to_string(seconds % 60) + (fraction == "." ? "" : fraction) + "s";
+  if (seconds >= 60) shown = text(seconds / 60 % 60, "m", shown);
+  if (seconds >= 3600) shown = text(seconds / 3600, "h", shown);
+  return shown;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// [3] Logger
+//
+// Lines for people, in nsqd's format: <prefix>2026/11/22 07:08:50.100602 INFO: <text>. (The messages are in the log, [6].)
+// ---------------------------------------------------------------------------------------------------------------------
+
+class Logger {
+ public:
+  explicit Logger(const Options& options) : level_(options.log_level), prefix_(options.log_prefix), sink_(options.log) {}
+  bool wants(Level level) const { return level >= level_; }
+  void set_level(Level level) { level_ = level; }
+  Level level() const { return level_; }
+
+  template <typename... Parts>
+  void say(Level level, const Parts&... parts) const {
+    if (wants(level)) write(line(prefix_, level, text(parts...)));
+  }
+
+  static std::string line(std::string_view prefix, Level level, std::string_view message) {
+    timespec now{};
+    ::clock_gettime(CLOCK_REALTIME, &now);
+    tm local{};
+    ::localtime_r(&now.tv_sec, &local);
+    std::array<char, 48> stamp{};
+    const size_t size = std::strftime(stamp.data(), stamp.size(), "%Y/%m/%d %H:%M:%S", &local);
+    std::string fraction = std::to_string(1000000 + now.tv_nsec / 1000).replace(0, 1, ".");
+    static constexpr std::array<std::string_view, 6> kNames = {"", "DEBUG", "INFO", "WARNING", "ERROR", "FATAL"};
+    return text(prefix, std::string_view(stamp.data(), size), fraction, " ", kNames[static_cast<size_t>(level)], ": ", message);
+  }
+
+ private:
+  void write(std::string entry) const {
+    for (char& c : entry)  // a line is a line, whatever a client calls itself
+      if (c == '\n' || c == '\r') c = ' ';
+    if (sink_) return sink_(entry);
+    entry += '\n';
+    [[maybe_unused]] const ssize_t written = ::write(STDERR_FILENO, entry.data(), entry.size());  // nowhere to complain
+  }
+  Level level_;
+  std::string prefix_;
+  std::function<void(std::string_view)> sink_;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// [4] JSON
+//
+// One value type with a strict parser, and a writer. Every JSON text in the daemon goes through them. Both follow what Go's
+// encoding/json does, since that is what nsqd's clients and tools were tested with.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// A parsed value. Numbers keep their text, so that 1.0 and 1e3 can be told from integers.
+struct Json {
+  enum class Type { kNull, kBool, kNumber, kString, kArray, kObject };
+  Type type = Type::kNull;
+  bool boolean = false;
+  std::string string;             // of a string, unescaped; of a number, its text
+  std::vector<std::string> keys;  // of an object, in step with items
+  std::vector<Json> items;
+
+  bool is(Type wanted) const { return type == wanted; }
+  /// The member of that name, the last one of several; null where there is none. As in Go, an exact match is not needed.
+  const Json* find(std::string_view key) const {
+    for (size_t i = keys.size(); i-- > 0;)
+      if (same_word(keys[i], key)) return &items[i];
+    return nullptr;
+  }
+  std::optional<int64_t> integer() const { return type == Type::kNumber ? decimal(string, true) : std::nullopt; }
+};
+
+/// The value of a whole text. `error` is empty, or says what is wrong and where. Nesting is bounded, so that no input can
+/// exhaust the stack.
+struct JsonParser {
+  std::string_view input;
+  std::string error = {};
+  size_t at = 0;
+
+  Json parse() {
+    Json value = parse_value(0);
+    skip_space();
+    if (error.empty() && at != input.size()) fail("unexpected text after the value");
+    return value;
+  }
+
+ private:
+  static constexpr int kDepth = 64;
+
+  void fail(std::string_view why) {
+    if (!error.empty()) return;
+    const std::string_view before = input.substr(0, at);
+    const auto line = 1 + std::count(before.begin(), before.end(), '\n');
+    const size_t begin = before.rfind('\n') == before.npos ? 0 : before.rfind('\n') + 1;
+    error = text(why, " at line ", line, ", column ", at - begin + 1);
+  }
+  void skip_space() {
+    while (at < input.size() && std::string_view(" \t\r\n").find(input[at]) != std::string_view::npos) ++at;
+  }
+  bool take(char c) {
+    skip_space();
+    if (at >= input.size() || input[at] != c) return false;
+    ++at;
+    return true;
+  }
+  bool take_word(std::string_view word) {
+    if (input.substr(at, word.size()) != word) return false;
+    at += word.size();
+    return true;
+  }
+
+  Json parse_value(int depth) {
+    Json value;
+    skip_space();
+    if (depth > kDepth) fail("nested too deeply");
+    else if (at >= input.size()) fail("unexpected end");
+    else if (input[at] == '{') parse_members(value, Json::Type::kObject, '}', depth);
+    else if (input[at] == '[') parse_members(value, Json::Type::kArray, ']', depth);
+    else if (input[at] == '"') parse_string(value.string), value.type = Json::Type::kString;
+    else if (take_word("true")) value.boolean = true, value.type = Json::Type::kBool;
+    else if (take_word("false")) value.type = Json::Type::kBool;
+    else if (!take_word("null")) parse_number(value);
+    return value;
+  }
+
+  void parse_members(Json& value, Json::Type type, char close, int depth) {
+    value.type = type;
+    ++at;
+    if (take(close)) return;
+    do {
+      if (type == Json::Type::kObject) {
+        skip_space();
+        value.keys.emplace_back();
+        if (at >= input.size() || input[at] != '"') return fail("expected a name in quotes");
+        parse_string(value.keys.back());
+        if (!take(':')) return fail("expected ':'");
+      }
+      value.items.push_back(parse_value(depth + 1));
+      if (!error.empty()) return;
+    } while (take(','));
+    if (!take(close)) fail(type == Json::Type::kObject ? "expected ',' or '}'" : "expected ',' or ']'");
+  }
+
+  void parse_number(Json& value) {
+    const size_t begin = at;
+    auto digits = [this] {
+      const size_t from = at;
+      while (at < input.size() && input[at] >= '0' && input[at] <= '9') ++at;
+      return at > from;
+    };
+    auto one_of = [this](std::string_view set) { return at < input.size() && set.find(input[at]) != set.npos && (++at, true); };
+    one_of("-");
+    bool good = one_of("0") || digits();
+    if (good && one_of(".")) good = digits();
+    if (good && one_of("eE")) one_of("+-"), good = digits();
+    if (!good) {
+      at = begin;
+      return fail("expected a value");
+    }
+    value.type = Json::Type::kNumber;
+    value.string = input.substr(begin, at - begin);
+  }
+
+  void parse_string(std::string& out) {
+    for (++at; at < input.size() && input[at] != '"';) {
+      const char c = input[at];
+      if (static_cast<unsigned char>(c) < 0x20) return fail("control character in a string");
+      ++at;
+      if (c == '\\') parse_escape(out);
+      else out += c;
+      if (!error.empty()) return;
+    }
+    if (at >= input.size()) return fail("unexpected end in a string");
+    ++at;
+  }
+
+  void parse_escape(std::string& out) {
+    if (at >= input.size()) return fail("unexpected end in a string");
+    static constexpr std::string_view kFrom = "\"\\/bfnrt", kTo = "\"\\/\b\f\n\r\t";
+    const char c = input[at++];
+    if (const size_t which = kFrom.find(c); which != kFrom.npos) {
+      out += kTo[which];
+    } else if (c == 'u') {
+      uint32_t code = parse_hex();
+      if (code >= 0xD800 && code < 0xDC00 && input.substr(at, 2) == "\\u") {  // the first half of a pair
+        at += 2;
+        const uint32_t second = parse_hex();
+        code = second >= 0xDC00 && second < 0xE000 ? 0x10000 + ((code - 0xD800) << 10) + (second - 0xDC00) : 0xFFFD;
+      }
+      append_utf8(out, code >= 0xD800 && code < 0xE000 ? 0xFFFD : code);
+    } else {
+      fail("unknown escape in a string");
+    }
+  }
+
+  uint32_t parse_hex() {
+    uint32_t code = 0;
+    for (int i = 0; i < 4; ++i, ++at) {
+      const char c = at < input.size() ? lower(input[at]) : ' ';
+      if (c >= '0' && c <= '9') code = code * 16 + static_cast<uint32_t>(c - '0');
+      else if (c >= 'a' && c <= 'f') code = code * 16 + static_cast<uint32_t>(c - 'a' + 10);
+      else return fail("expected four hex digits"), 0;
+    }
+    return code;
+  }
+
+ public:
+  static void append_utf8(std::string& out, uint32_t code) {
+    if (code < 0x80) {
+      out += static_cast<char>(code);
+      return;
+    }
+    const int more = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
+    static constexpr std::array<uint32_t, 4> kLead = {0, 0xC0, 0xE0, 0xF0};
+    out += static_cast<char>(kLead[static_cast<size_t>(more)] | (code >> (6 * more)));
+    for (int i = more - 1; i >= 0; --i) out += static_cast<char>(0x80 | (code >> (6 * i) & 0x3F));
+  }
+};
+
+/// The length of the UTF-8 character at the front of `s`, or 0 where its bytes are not UTF-8 (RFC 3629).
+inline size_t utf8_length(std::string_view s) {
+  auto byte = [&](size_t i) { return static_cast<uint8_t>(s[i]); };
+  if (byte(0) < 0x80) return 1;
+  const size_t size = byte(0) >= 0xC2 && byte(0) < 0xE0 ? 2 : byte(0) >= 0xE0 && byte(0) < 0xF0 ? 3 : byte(0) >= 0xF0 && byte(0) < 0xF5 ? 4 : 0;
+  if (size == 0 || s.size() < size) return 0;
+  for (size_t i = 1; i < size; ++i)
+    if ((byte(i) & 0xC0) != 0x80) return 0;
+  if ((byte(0) == 0xE0 && byte(1) < 0xA0) || (byte(0) == 0xED && byte(1) > 0x9F)) return 0;
+  return (byte(0) == 0xF0 && byte(1) < 0x90) || (byte(0) == 0xF4 && byte(1) > 0x8F) ? 0 : size;
+}
+
+/// `c` as `\x1f`, `\u001f` and the like: a prefix and lower-case hex digits.
+inline std::string hex_escape(std::string_view prefix, uint32_t c, int digits) {
+  std::string escaped(prefix);
+  for (int i = digits - 1; i >= 0; --i) escaped += "0123456789abcdef"[c >> (4 * i) & 15];
+  return escaped;
+}
+
+/// Writes JSON with nsqd's order of keys (that of the calls) and no spaces.
+class JsonWriter {
+ public:
+  std::string out;
+
+  JsonWriter& open(char bracket) {
+    comma();
+    out += bracket;
+    fresh_ = true;
+    return *this;
+  }
+  JsonWriter& close(char bracket) {
+    out += bracket;
+    fresh_ = false;
+    return *this;
+  }
+  JsonWriter& key(std::string_view name) {
+    value(name);
+    out += ':';
+    fresh_ = true;
+    return *this;
+  }
+  JsonWriter& raw(std::string_view json) {
+    comma();
+    out += json;
+    return *this;
+  }
+  JsonWriter& value(bool b) { return raw(b ? "true" : "false"); }
+  JsonWriter& value(int64_t number) { return raw(std::to_string(number)); }
+  JsonWriter& value(uint64_t number) { return raw(std::to_string(number)); }
+  JsonWriter& value(int number) { return raw(std::to_string(number)); }
+  JsonWriter& value(double number) {
+    std::array<char, 40> digits{};
+    for (int precision = 1; precision <= 17; ++precision) {  // the shortest that reads back the same
+      std::snprintf(digits.data(), digits.size(), "%.*g", precision, number);
+      if (std::strtod(digits.data(), nullptr) == number) break;
+    }
+    return raw(digits.data());
+  }
+  JsonWriter& value(const char* s) { return value(std::string_view(s)); }
+  JsonWriter& value(std::string_view s) {
+    comma();
+    out += '"';
+    while (!s.empty()) {
+      const size_t size = utf8_length(s);
+      append_character(size == 0 ? std::string_view() : s.substr(0, size));
+      s.remove_prefix(std::max<size_t>(size, 1));
+    }
+    out += '"';
+    return *this;
+  }
+  template <typename Value>
+  JsonWriter& member(std::string_view name, const Value& v) {
+    return key(name).value(v);
+  }
+  JsonWriter& value(const std::vector<std::string>& list) {
+    open('[');
+    for (const std::string& item : list) value(std::string_view(item));
+    return close(']');
+  }
+
+ private:
+  void comma() {
+    if (!fresh_) out += ',';
+    fresh_ = false;
+  }
+  void append_character(std::string_view character) {
+    const char c = character.empty() ? '\0' : character[0];
+    if (character.empty()) out += "\\ufffd";
+    else if (c == '"' || c == '\\') out += '\\', out += c;
+    else if (c == '\n') out += "\\n";
+    else if (c == '\r') out += "\\r";
+    else if (c == '\t') out += "\\t";
+    else if (static_cast<unsigned char>(c) < 0x20 || c == '<' || c == '>' || c == '&') out += hex_escape("\\u", static_cast<uint8_t>(c), 4);
+    else if (character == "\xE2\x80\xA8" || character == "\xE2\x80\xA9") out += hex_escape("\\u", character[2] == '\xA8' ? 0x2028u : 0x2029u, 4);
+    else out += character;
+  }
+  bool fresh_ = true;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// [5] Data path
+//
+// The directory that holds everything, its lock, and nsqd.dat, the names of topics and channels.
+// Always: one daemon per directory; nsqd.dat is either the old one or the new one, whole, whenever the machine stops.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// Holds the lock of the data path as nsqd does (flock on the directory itself), so that the two exclude each other.
+class DirectoryLock {
+ public:
+  explicit DirectoryLock(const std::string& path) : fd_(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
+    if (!fd_) throw std::runtime_error(text("failed to instantiate nsqd - failed to lock data-path: open ", path, ": ", lower(std::strerror(errno)),
+                                            " (--data-path must name a directory that exists)"));
+    if (::flock(fd_.get(), LOCK_EX | LOCK_NB) != 0)
+      throw std::runtime_error(text("failed to instantiate nsqd - failed to lock data-path: cannot flock directory ", path,
+                                    " - resource temporarily unavailable (possibly in use by another instance of nsqd)"));
+  }
+
+ private:
+  Fd fd_;
+};
+
+inline Status sync_path(const std::string& path) {
+  const Fd file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!file) return errno == ENOENT ? Status{} : system_error("open", path);  // gone since: nothing left to sync
+  return ::fsync(file.get()) == 0 ? Status{} : system_error("fsync", path);
+}
+
+inline Status write_whole(int fd, std::string_view content, const std::string& path) {
+  while (!content.empty()) {
+    const ssize_t written = ::write(fd, content.data(), content.size());
+    if (written < 0 && errno == EINTR) continue;
+    if (written <= 0) return system_error("write", path);
+    content.remove_prefix(static_cast<size_t>(written));
+  }
+  return {};
+}
+
+/// Replaces a file so that it is whole at any moment: write aside, fsync, rename, fsync the directory.
+inline Status replace_file(const std::string& directory, const std::string& name, std::string_view content) {
+  const std::string path = directory + "/" + name, aside = path + ".tmp";
+  Fd file(::open(aside.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600));
+  if (!file) return system_error("open", aside);
+  Status status = write_whole(file.get(), content, aside);
+  if (status.ok() && ::fsync(file.get()) != 0) status = system_error("fsync", aside);
+  if (status.ok() && ::rename(aside.c_str(), path.c_str()) != 0) status = system_error("rename to", path);
+  if (!status.ok()) {
+    ::unlink(aside.c_str());
+    return status;
+  }
+  return sync_path(directory);
+}
+
+/// The content of a file; nothing where there is none. Throws for any other reason not to read it.
+inline std::optional<std::string> read_file(const std::string& path) {
+  const Fd file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!file && errno == ENOENT) return std::nullopt;
+  std::string content;
+  std::array<char, 65536> buffer;
+  ssize_t got = file ? 1 : -1;
+  while (got > 0) {
+    got = ::read(file.get(), buffer.data(), buffer.size());
+    if (got > 0) content.append(buffer.data(), static_cast<size_t>(got));
+    if (got < 0 && errno == EINTR) got = 1;
+  }
+  if (got < 0) throw std::runtime_error(system_error("read", path).error);
+  return content;
+}
+
+/// What nsqd.dat holds.
+struct Metadata {
+  struct Channel {
+    std::string name;
+    bool paused = false;
+  };
+  struct Topic {
+    std::string name;
+    bool paused = false;
+    std::vector<Channel> channels;
+  };
+  std::vector<Topic> topics;
+
+  /// {"topics":[{"name":"t","paused":false,"channels":[{"name":"c","paused":false}]}],"version":"1.3.0"}, empty lists null.
+  std::string json() const {
+    JsonWriter json;
+    auto list = [&json](const auto& items, auto&& write) {
+      if (items.empty()) return void(json.raw("null"));
+      json.open('[');
+      for (const auto& item : items) write(item);
+      json.close(']');
+    };
+    json.open('{').key("topics");
+    list(topics, [&](const Topic& topic) {
+      json.open('{').member("name", topic.name).member("paused", topic.paused).key("channels");
+      list(topic.channels, [&](const Channel& channel) {
+        json.open('{').member("name", channel.name).member("paused", channel.paused).close('}');
+      });
+      json.close('}');
+    });
+    json.member("version", kProtocolVersion).close('}');
+    return json.out;
+  }
+
+  /// Throws, naming file and position, where the text is not what json() writes; unknown members are passed over.
+  static Metadata parse(const std::string& content, const std::string& path) {
+    auto refuse = [&path](const std::string& why) {
+      throw std::runtime_error(text("failed to parse metadata in ", path, " - ", why, "; mend the file or move it away"));
+    };
+    JsonParser parser{content};
+    const Json root = parser.parse();
+    if (!parser.error.empty()) refuse(parser.error);
+    if (!root.is(Json::Type::kObject)) refuse("expected an object");
+    auto each = [&refuse](const Json& parent, std::string_view key, auto&& take) {
+      const Json* list = parent.find(key);
+      if (list == nullptr || list->is(Json::Type::kNull)) return;
+      if (!list->is(Json::Type::kArray)) refuse(text(key, " is not a list"));
+      for (const Json& item : list->items) {
+        const Json *name = item.find("name"), *paused = item.find("paused");
+        if (!item.is(Json::Type::kObject)) refuse(text("an item of ", key, " is not an object"));
+        if (name != nullptr && !name->is(Json::Type::kString)) refuse(text("a name in ", key, " is not a string"));
+        if (paused != nullptr && !paused->is(Json::Type::kBool)) refuse(text("a value of paused in ", key, " is neither true nor false"));
+        take(item, name == nullptr ? std::string() : name->string, paused != nullptr && paused->boolean);
+      }
+    };
+    Metadata metadata;
+    each(root, "topics", [&](const Json& item, const std::string& name, bool paused) {
+      Topic topic{name, paused, {}};
+      each(item, "channels", [&](const Json&, const std::string& channel, bool channel_paused) {
+        topic.channels.push_back({channel, channel_paused});
+      });
+      metadata.topics.push_back(std::move(topic));
+    });
+    return metadata;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// [6] The log
+//
+// A topic's messages, each stored once, in segments: mapped files, or anonymous memory for what may be forgotten. Beside
+// them, per channel and segment, what that channel has done with each message, and the due times of what it put off.
+// Always: a record below a segment's count is whole and never changes; numbers rise by one from record to record; what was
+// stored survives the end of the process at any instruction, since it lies in the kernel's page cache.
+// ---------------------------------------------------------------------------------------------------------------------
+
+inline constexpr size_t kFirstSegment = size_t{1} << 14;   // bytes; so that ten thousand small topics fit anywhere
+inline constexpr size_t kWarmSegment = size_t{1} << 23;    // largest one that is kept for reuse when it has been emptied
+inline constexpr size_t kLargestSegment = size_t{1} << 30; // offsets have 31 bits
+inline constexpr size_t kFileHeader = 64;
+inline constexpr uint32_t kByteOrder = 0x01020304;
+inline constexpr uint32_t kFormatVersion = 1;
+
+/// Where logs are kept, what of them is not on the disk yet, and what is wrong with the disk.
+struct Storage {
+  std::string directory;  // empty: nothing is kept
+  size_t largest_segment = kLargestSegment;
+  const Logger* logger = nullptr;
+  std::string full;       // why the last segment could not be made; empty when it could
+  std::string unsynced;   // why the last sync failed; empty when it did not
+  uint64_t epoch = 1;     // rises with each sync: a file is dirty when it was touched in this epoch
+  uint64_t operations = 0;            // publishes and finishes since the last sync
+  std::vector<std::string> dirty = {};  // files touched in this epoch
+  bool new_names = false;             // the directory itself has to be synced, too
+
+  std::string health() const { return !full.empty() ? "NOK - " + full : !unsynced.empty() ? "NOK - " + unsynced : "OK"; }
+};
+
+/// A file that is mapped, shared with the kernel's page cache, when it is used; or memory that is nobody's else.
+class MappedFile {
+ public:
+  MappedFile(std::string path, size_t size) : path_(std::move(path)), size_(size) {}
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
+  ~MappedFile() { unmap(); }
+
+  char* data() const { return data_; }
+  size_t size() const { return size_; }
+  const std::string& path() const { return path_; }
+  bool mapped() const { return data_ != nullptr; }
+  bool anonymous() const { return path_.empty(); }
+
+  /// Makes it, all zeros. Its space is reserved first: a full disk is an error here, and no SIGBUS later.
+  Status create(Storage& storage) {
+    if (anonymous()) return map(-1);
+    const Fd file(::open(path_.c_str(), O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600));
+    if (!file) return system_error("open", path_);
+    Status status = reserve(file.get());
+    if (status.ok()) status = map(file.get());
+    if (!status.ok()) ::unlink(path_.c_str());
+    storage.new_names = true;
+    return status;
+  }
+  /// Maps what create made, unless it is mapped already.
+  Status open() {
+    if (mapped()) return {};
+    const Fd file(::open(path_.c_str(), O_RDWR | O_CLOEXEC));
+    return file ? map(file.get()) : system_error("open", path_);
+  }
+  /// Gives the memory back to the kernel; the content stays in the file. Anonymous memory stays: it has no other place.
+  void close() {
+    if (!anonymous()) unmap();
+  }
+  void remove() {
+    unmap();
+    if (!anonymous()) ::unlink(path_.c_str());
+  }
+  Status rename(const std::string& path, Storage& storage) {
+    if (!anonymous() && ::rename(path_.c_str(), path.c_str()) != 0) return system_error("rename", path_);
+    if (!anonymous()) path_ = path;
+    epoch_ = 0;
+    storage.new_names = true;
+    return {};
+  }
+  /// To be called with each change that a sync has to cover.
+  void touch(Storage& storage) {
+    if (epoch_ == storage.epoch || anonymous()) return;
+    epoch_ = storage.epoch;
+    storage.dirty.push_back(path_);
+  }
+
+ private:
+  Status reserve(int file) const {
+    int code = EINTR;
+    while (code == EINTR) code = ::posix_fallocate(file, 0, static_cast<off_t>(size_));
+    if (code == 0) return {};
+    if (code != EINVAL && code != EOPNOTSUPP && code != ENOSYS) return system_error("reserve", path_, code);
+    const std::string zeros(size_t{1} << 16, '\0');
+    Status status;
+    for (size_t done = 0; done < size_ && status.ok(); done += zeros.size())
+      status = write_whole(file, std::string_view(zeros).substr(0, std::min(zeros.size(), size_ - done)), path_);
+    return status;
+  }
+  Status map(int file) {
+    const int flags = file < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED;
+    void* memory = ::mmap(nullptr, size_, PROT_READ | PROT_WRITE, flags, file, 0);
+    if (memory == MAP_FAILED) return system_error("map", anonymous() ? "memory" : path_);
+    data_ = static_cast<char*>(memory);
+    return {};
+  }
+  void unmap() {
+    if (data_ != nullptr) ::munmap(data_, size_);
+    data_ = nullptr;
+  }
+  std::string path_;
+  size_t size_;
+  char* data_ = nullptr;
+  uint64_t epoch_ = 0;
+};
+
+/// The first bytes of segment and state files, in host byte order:
+///
+///    0  8  magic "nsqd-seg" or "nsqd-sta"         24  8  number of the first message, as in the file's name
+///    8  4  0x01020304, to tell the byte order     32  8  size of the file
+///   12  4  version of the format, 1               40  8  capacity in messages
+///   16  8  0                                      48  4  checksum of bytes 0 to 47
+///
+/// It is written after the rest of the file was made, so a header of zeros is that of a file whose making was cut short.
+/// Whoever changes the format raises the version; a daemon refuses files of a later version than its own.
+struct FileHeader {
+  enum class Verdict { kGood, kUnfinished, kDamaged };
+
+  static void write(const MappedFile& file, std::string_view magic, uint64_t first, uint64_t capacity) {
+    std::array<char, 52> header{};
+    std::memcpy(header.data(), magic.data(), 8);
+    store(&header[8], kByteOrder);
+    store(&header[12], kFormatVersion);
+    store(&header[24], first);
+    store(&header[32], static_cast<uint64_t>(file.size()));
+    store(&header[40], capacity);
+    store(&header[48], checksum(0, header.data(), 48));
+    std::atomic_thread_fence(std::memory_order_release);
+    std::memcpy(file.data(), header.data(), header.size());
+  }
+
+  /// Throws for a file that this daemon must not touch: of another machine or a later version, or cut short.
+  static Verdict check(const MappedFile& file, std::string_view magic, uint64_t first, uint64_t capacity) {
+    const char* header = file.data();
+    if (std::all_of(header, header + 52, [](char c) { return c == 0; })) return Verdict::kUnfinished;
+    const bool intact = load<uint32_t>(header + 48) == checksum(0, header, 48) && std::memcmp(header, magic.data(), 8) == 0;
+    if (!intact) return Verdict::kDamaged;
+    auto refuse = [&file](std::string_view why) { throw std::runtime_error(text(file.path(), " ", why)); };
+    if (load<uint32_t>(header + 8) != kByteOrder) refuse("was written on a machine of another byte order; read it there");
+    if (load<uint32_t>(header + 12) > kFormatVersion) refuse("was written by a later version of this program; use that one, or move the file away");
+    if (load<uint64_t>(header + 32) > file.size()) refuse("is shorter than it was made; restore it from a copy, or move it away");
+    return load<uint64_t>(header + 24) == first && load<uint64_t>(header + 40) == capacity ? Verdict::kGood : Verdict::kDamaged;
+  }
+};
+
+/// Consecutive messages of one topic, in the form in which they go out: whole frames with attempts = 1.
+///
+///    header   0 .. 51   see FileHeader
+///            52  4      0
+///            56  8      tally: count of records, then its complement; stored last
+///    mark    64  8      how many of them were handed to the channels, then the complement; kFollows: all
+///    frames  72 ..      one after the other: [ due 8, deferred ones only ] size 4, type 4, timestamp 8, attempts 2, id 16, body
+///    slots   .. end     8 bytes each, the first one last: offset of the frame (top bit: deferred) 4, checksum 4
+///
+/// Frames grow from the front and slots from the back, so both have room whatever the size of the messages. The checksum
+/// covers due and frame, and starts from the record's number: what an earlier use of the file left behind is never taken
+/// for a record. tally and mark are one aligned word each, so a killed process leaves the old or the new one.
+/// Always: count <= capacity; frames end at or before the slots begin; `sealed` segments get no further record.
+class Segment {
+ public:
+  static constexpr size_t kFrames = 72;
+  static constexpr size_t kFrameHead = 8 + 26;  // size, type, and a message without its body
+  static constexpr uint32_t kFollows = 0xFFFFFFFF;
+  static constexpr uint32_t kDeferred = 0x80000000;
+  static constexpr std::string_view kMagic = "nsqd-seg";
+
+  Segment(std::string path, size_t size, uint64_t first_number) : file(std::move(path), size), first(first_number) {}
+
+  MappedFile file;
+  uint64_t first;                  // number of its first message
+  uint32_t count = 0;              // records that are part of it
+  uint32_t deferred_records = 0;   // how many of them were published with a delay
+  bool sealed = false;
+  int channels = 0;                // that have not finished with it
+  int cursors = 0;                 // that are in it
+  std::vector<uint32_t> damaged = {};  // records that recovery found broken; no channel ever gets them
+
+  /// 64 bytes a message and no more, so that a channel's states take a fraction of the segment that they belong to.
+  uint32_t capacity() const { return static_cast<uint32_t>(file.size() / 64); }
+  uint64_t end() const { return first + count; }
+  bool warm() const { return cursors > 0 || !sealed; }
+  bool deferred(uint32_t i) const { return deferred_records > 0 && (slot_offset(i) & kDeferred) != 0; }
+  const char* frame(uint32_t i) const { return file.data() + (slot_offset(i) & ~kDeferred); }
+  static size_t frame_size(const char* frame) { return 4 + size_t{get_be<uint32_t>(frame)}; }
+  static MessageId id_of(const char* frame) { return MessageId::from(frame + 18); }
+  int64_t due_of(uint32_t i) const { return load<int64_t>(frame(i) - 8); }
+
+  /// Makes an empty segment of a new file or a spare one.
+  void begin(uint64_t first_number) {
+    first = first_number;
+    deferred_records = 0;
+    sealed = false;
+    damaged.clear();
+    end_of_frames_ = kFrames;
+    std::memset(file.data(), 0, kFrames);
+    set_count(0);
+    FileHeader::write(file, kMagic, first, capacity());
+  }
+
+  bool has_room(size_t body, bool with_due) const {
+    const size_t frames = end_of_frames_ + kFrameHead + body + (with_due ? 8 : 0);
+    return !sealed && written_ < capacity() && frames + 8 * (size_t{written_} + 1) <= file.size();
+  }
+  /// Writes a record, which counts from the next commit() on. Needs has_room.
+  void append(const MessageId& id, int64_t timestamp, std::string_view body, int64_t due, uint16_t attempts = 1) {
+    char* begin = file.data() + end_of_frames_;
+    char* at = begin;
+    if (due != 0) {
+      store(at, due);
+      at += 8;
+    }
+    const auto offset = static_cast<uint32_t>(at - file.data());
+    put_be(at, static_cast<uint32_t>(4 + 26 + body.size()));
+    put_be(at + 4, uint32_t{2});
+    put_be(at + 8, static_cast<uint64_t>(timestamp));
+    put_be(at + 16, attempts);
+    std::memcpy(at + 18, id.text.data(), 16);
+    std::memcpy(at + kFrameHead, body.data(), body.size());
+    at += kFrameHead + body.size();
+    store(slot(written_), due != 0 ? offset | kDeferred : offset);
+    store(slot(written_) + 4, checksum(first + written_, begin, static_cast<size_t>(at - begin)));
+    end_of_frames_ = static_cast<size_t>(at - file.data());
+    if (due != 0) ++deferred_records;
+    ++written_;
+  }
+  void commit(Storage& storage) {
+    if (written_ == count) return;
+    storage.operations += written_ - count;
+    set_count(written_);
+    file.touch(storage);
+  }
+
+  void set_mark(uint32_t handed, Storage& storage) {
+    store(file.data() + 64, twofold(handed));
+    file.touch(storage);
+  }
+  uint32_t mark() const {
+    const auto word = load<uint64_t>(file.data() + 64);
+    return word == twofold(static_cast<uint32_t>(word)) ? static_cast<uint32_t>(word) : 0;
+  }
+
+  /// Takes every whole record of a file that an earlier process left. Records that are broken behind the last whole one are
+  /// a torn tail, cut off where `is_tail`; others are damage. Throws for a file that must not be touched; returns false for
+  /// one that holds nothing and can go.
+  bool recover(bool is_tail, const Logger& logger) {
+    const auto verdict = FileHeader::check(file, kMagic, first, capacity());
+    const auto tally = load<uint64_t>(file.data() + 56);
+    const bool counted = verdict == FileHeader::Verdict::kGood && tally == twofold(static_cast<uint32_t>(tally));
+    uint32_t limit = counted ? std::min(static_cast<uint32_t>(tally), capacity()) : capacity();
+    uint32_t whole = 0;  // one more than the last whole record
+    for (uint32_t i = 0; i < limit && end_of_frames_ + 8 * (size_t{i} + 1) <= file.size(); ++i) {
+      if (!counted && load<uint64_t>(slot(i)) == 0) break;
+      if (take(i)) whole = i + 1;
+      else damaged.push_back(i);
+    }
+    if (!counted && whole == 0) {
+      const bool blank = load<uint64_t>(slot(0)) == 0 && load<uint64_t>(file.data() + kFrames) == 0;
+      if (!blank && verdict == FileHeader::Verdict::kDamaged)
+        throw std::runtime_error(text(file.path(), " is no segment, or damaged beyond repair; restore it from a copy, or move it away"));
+      return false;
+    }
+    const uint32_t kept = is_tail || !counted ? whole : limit;
+    while (!damaged.empty() && damaged.back() >= kept) damaged.pop_back();
+    if (!counted) logger.say(Level::kWarning, "LOG: ", file.path(), " has a damaged header at offset 0; kept ", kept, " messages");
+    else if (kept < limit) logger.say(Level::kInfo, "LOG: ", file.path(), " ends in ", limit - kept, " torn messages; kept ", kept);
+    for (uint32_t i : damaged)
+      logger.say(Level::kError, "LOG: ", file.path(), " message ", first + i, " is damaged at offset ", slot_offset(i) & ~kDeferred, "; left out");
+    set_count(kept);
+    if (verdict == FileHeader::Verdict::kDamaged) FileHeader::write(file, kMagic, first, capacity());
+    sealed = !damaged.empty();  // where its frames end is known for certain only when all of them are whole
+    return true;
+  }
+
+ private:
+  static uint64_t twofold(uint32_t value) { return value | static_cast<uint64_t>(~value) << 32; }
+  char* slot(uint32_t i) const { return file.data() + file.size() - 8 * (size_t{i} + 1); }
+  uint32_t slot_offset(uint32_t i) const { return load<uint32_t>(slot(i)); }
+  void set_count(uint32_t records) {
+    std::atomic_thread_fence(std::memory_order_release);
+    store(file.data() + 56, twofold(records));
+    count = written_ = records;
+  }
+  /// Whether record i is whole; notes where it ends and whether it is deferred.
+  bool take(uint32_t i) {
+    const uint32_t offset = slot_offset(i);
+    const bool due = (offset & kDeferred) != 0;
+    const size_t at = offset & ~kDeferred, begin = due ? at - 8 : at, slots = file.size() - 8 * (size_t{i} + 1);
+    if (at < kFrames + (due ? 8 : 0) || at > slots || slots - at <= kFrameHead) return false;
+    const size_t size = frame_size(file.data() + at);
+    if (size <= kFrameHead || size > slots - at) return false;
+    if (load<uint32_t>(slot(i) + 4) != checksum(first + i, file.data() + begin, at - begin + size)) return false;
+    end_of_frames_ = at + size;
+    if (due) ++deferred_records;
+    return true;
+  }
+  uint32_t written_ = 0;  // records written, committed or not
+  size_t end_of_frames_ = kFrames;
+};
+
+/// What one channel has done with each message of one segment, 16 bits each behind the header: 0 never delivered, n
+/// delivered n times (65534: or more often), 65535 finished. FIN is one store.
+/// Always: entries at or above the segment's count are 0.
+class States {
+ public:
+  static constexpr uint16_t kFinished = 0xFFFF, kMost = 0xFFFE;
+  static constexpr std::string_view kMagic = "nsqd-sta";
+  static size_t size_for(const Segment& segment) { return kFileHeader + size_t{segment.capacity()} * 2; }
+
+  States(std::string path, Segment& of) : file(std::move(path), size_for(of)), segment(&of) { ++segment->channels; }
+  ~States() { --segment->channels; }
+  States(const States&) = delete;
+  States& operator=(const States&) = delete;
+
+  MappedFile file;
+  Segment* segment;
+  uint32_t finished = 0;
+  uint32_t held = 0;  // of its messages that are in flight, requeued or deferred
+
+  uint16_t get(uint32_t i) const { return load<uint16_t>(at(i)); }
+  void set(uint32_t i, uint16_t state) { store(at(i), state); }
+  /// Marks [begin, end) as finished, whatever they were.
+  void finish(uint32_t begin, uint32_t end) {
+    for (uint32_t i = begin; i < end; ++i) {
+      if (get(i) != kFinished) ++finished;
+      set(i, kFinished);
+    }
+  }
+
+ private:
+  char* at(uint32_t i) const { return file.data() + kFileHeader + size_t{i} * 2; }
+};
+
+/// When the messages that a channel has put off (REQ with a delay) are due, so that a restart keeps to it: entries of 16
+/// bytes, message number + 1 and due time (wall clock, ns), the last one of a message counts, zeros end the list.
+class DueBook {
+ public:
+  explicit DueBook(std::string path) : path_(std::move(path)) {}
+  using Entry = std::pair<uint64_t, int64_t>;  // number, due
+
+  /// Adds an entry. When the book is full a new one is begun with `live`, which must include it.
+  template <typename Live>
+  Status add(const Entry& entry, Storage& storage, Live&& live) {
+    if (path_.empty()) return {};
+    if (file_ == nullptr || (used_ + 1) * kEntry > file_->size()) {
+      Status status = begin_anew(live(), storage);
+      if (!status.ok()) return status;
+    } else {
+      put(entry);
+    }
+    file_->touch(storage);
+    return {};
+  }
+  void clear() {
+    if (file_ != nullptr) std::memset(file_->data(), 0, used_ * kEntry);
+    used_ = 0;
+  }
+  void remove() {
+    if (file_ != nullptr) file_->remove();
+    file_.reset();
+    used_ = 0;
+  }
+  /// Reads the book of an earlier process.
+  std::unordered_map<uint64_t, int64_t> load_entries(size_t file_size) {
+    std::unordered_map<uint64_t, int64_t> due;
+    file_ = std::make_unique<MappedFile>(path_, file_size / kEntry * kEntry);
+    if (file_->size() == 0 || !file_->open().ok()) {
+      file_.reset();
+      return due;
+    }
+    for (used_ = 0; (used_ + 1) * kEntry <= file_->size(); ++used_) {
+      const auto number = load<uint64_t>(file_->data() + used_ * kEntry);
+      if (number == 0) break;
+      due[number - 1] = load<int64_t>(file_->data() + used_ * kEntry + 8);
+    }
+    return due;
+  }
+
+ private:
+  static constexpr size_t kEntry = 16, kSmallest = 256;  // bytes, entries
+
+  Status begin_anew(const std::vector<Entry>& live, Storage& storage) {
+    auto next = std::make_unique<MappedFile>(path_ + ".tmp", std::max(kSmallest, live.size() * 2) * kEntry);
+    Status status = next->create(storage);
+    if (!status.ok()) return status;
+    file_.swap(next);
+    used_ = 0;
+    for (const Entry& entry : live) put(entry);
+    return file_->rename(path_, storage);
+  }
+  void put(const Entry& entry) {
+    char* at = file_->data() + used_++ * kEntry;
+    store(at + 8, entry.second);
+    std::atomic_thread_fence(std::memory_order_release);
+    store(at, entry.first + 1);
+  }
+  std::string path_;
+  std::unique_ptr<MappedFile> file_;
+  size_t used_ = 0;
+};
+
+/// The segments of one topic, in the order of their numbers.
+/// Always: at most the last one is not sealed; a segment that no channel needs any more is gone, or is the spare one.
+class Log {
+ public:
+  /// `prepare` makes what the channels need of a new segment before it counts; `wind_up` hears of one that was sealed.
+  Log(Storage& storage, std::string topic, bool kept, std::function<Status(Segment&)> prepare, std::function<void(Segment&)> wind_up)
+      : storage_(storage), topic_(std::move(topic)), kept_(kept && !storage.directory.empty()), prepare_(std::move(prepare)), wind_up_(std::move(wind_up)) {}
+
+  std::deque<std::unique_ptr<Segment>> segments;
+
+  uint64_t end() const { return end_; }  // number of the next message
+  bool kept() const { return kept_; }    // in files
+  Segment* tail() const { return segments.empty() || segments.back()->sealed ? nullptr : segments.back().get(); }
+
+  std::string path(std::string_view channel, uint64_t first, std::string_view kind) const {
+    if (!kept_) return {};
+    const std::string number = std::to_string(first);
+    return text(storage_.directory, "/", topic_, channel.empty() ? "" : ":", channel, ".", std::string(20 - number.size(), '0'), number, kind);
+  }
+
+  /// Stores a message, which counts from the next commit on.
+  Status append(const MessageId& id, int64_t timestamp, std::string_view body, int64_t due, uint16_t attempts = 1) {
+    Segment* last = tail();
+    if (last == nullptr || !last->has_room(body.size(), due != 0)) {
+      Status status = roll(body.size());
+      if (!status.ok()) return status;
+      last = tail();
+    }
+    Status status = last->file.open();
+    if (!status.ok()) return status;
+    last->append(id, timestamp, body, due, attempts);
+    ++end_;
+    return status;
+  }
+  void commit() {
+    if (Segment* last = tail()) last->commit(storage_);
+  }
+  /// Takes a segment that is not needed any more out of the log. A small one stays as the spare one: its pages are warm, and
+  /// to touch fresh pages is the largest cost of a publish.
+  void release(Segment& segment) {
+    auto found = std::find_if(segments.begin(), segments.end(), [&](const auto& s) { return s.get() == &segment; });
+    const bool keep = spare_ == nullptr && segment.file.size() <= kWarmSegment && segment.file.size() > kFirstSegment && segment.file.mapped() &&
+                      segment.file.rename(text(storage_.directory, "/", topic_, ".spare"), storage_).ok();
+    if (keep) spare_ = std::move(*found);
+    else segment.file.remove();
+    segments.erase(found);
+  }
+  void remove_all() {
+    for (auto& segment : segments) segment->file.remove();
+    segments.clear();
+    drop_spare();
+  }
+  void drop_spare() {
+    if (spare_ != nullptr) spare_->file.remove();
+    spare_.reset();
+  }
+  void adopt(std::unique_ptr<Segment> segment) {
+    end_ = std::max(end_, segment->end());
+    segments.push_back(std::move(segment));
+  }
+
+ private:
+  /// Ends the last segment and begins one that has room for a message of that size.
+  Status roll(size_t body) {
+    commit();
+    const size_t needed = Segment::kFrames + 8 + Segment::kFrameHead + body + 8;
+    if (needed > kLargestSegment) return {"the message is too large for a segment"};
+    if (spare_ != nullptr && spare_->file.size() < needed) drop_spare();
+    const std::string name = path("", end_, ".segment");
+    std::unique_ptr<Segment> next = std::move(spare_);
+    Status status;
+    if (next == nullptr) {
+      next = std::make_unique<Segment>(name, std::max(next_size(), (needed + 4095) / 4096 * 4096), end_);
+      status = next->file.create(storage_);
+    }
+    if (status.ok()) next->begin(end_);
+    if (status.ok() && next->file.path() != name) status = next->file.rename(name, storage_);
+    if (status.ok()) status = prepare_(*next);
+    storage_.full = status.error;
+    if (!status.ok()) {
+      next->file.remove();
+      return status;
+    }
+    Segment* last = tail();
+    segments.push_back(std::move(next));
+    if (last != nullptr) {
+      last->sealed = true;
+      wind_up_(*last);
+    }
+    return {};
+  }
+  /// Four times the last one, while there is a backlog; small enough to stay in the caches while the consumers keep up.
+  size_t next_size() const {
+    if (segments.empty()) return std::min(kFirstSegment, storage_.largest_segment);
+    const size_t grown = segments.back()->file.size() * 4;
+    return std::min(segments.size() > 1 ? grown : std::min(grown, kWarmSegment), storage_.largest_segment);
+  }
+  Storage& storage_;
+  std::string topic_;
+  bool kept_;
+  std::function<Status(Segment&)> prepare_;
+  std::function<void(Segment&)> wind_up_;
+  std::unique_ptr<Segment> spare_;
+  uint64_t end_ = 0;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// [7] Topics and channels
+//
+// The queue itself. A topic is a log; a channel is a cursor in it plus the messages that are out of order: in flight,
+// requeued, deferred. No sockets and no clock: time is Broker::now, and what goes to a consumer is appended to its Port.
+// Always: to a channel, each message of its log below `distributed` is exactly one of: waiting (at or above the cursor,
+// state 0, published without a delay), held (in flight, requeued or deferred), or finished.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// Bytes that wait to be written: our own, and runs of frames that lie in a segment and are sent from there.
+/// Always: mapped runs live for one turn only; settle() copies what the write of that turn left over.
+class Output {
+ public:
+  size_t size() const { return bytes_.size() - head_ + mapped_; }
+  bool empty() const { return size() == 0; }
+  void append(std::string_view bytes) { bytes_ += bytes; }
+  void append_frame(uint32_t type, std::string_view data) {
+    std::array<char, 8> head;
+    put_be(&head[0], static_cast<uint32_t>(data.size() + 4));
+    put_be(&head[4], type);
+    bytes_.append(head.data(), head.size());
+    bytes_ += data;
+  }
+  void append_mapped(const char* data, size_t size) {
+    if (size < kWorthMapping) return append({data, size});
+    runs_.push_back({bytes_.size(), data, size});
+    mapped_ += size;
+  }
+  /// The bytes in order, for writev; at most `most` pieces.
+  size_t gather(iovec* pieces, size_t most) const {
+    size_t count = 0, at = head_;
+    auto add = [&](const char* data, size_t size) {
+      if (size > 0 && count < most) pieces[count++] = {const_cast<char*>(data), size};
+    };
+    for (const Run& run : runs_) {
+      add(bytes_.data() + at, run.at - at);
+      add(run.data, run.size);
+      at = run.at;
+    }
+    add(bytes_.data() + at, bytes_.size() - at);
+    return count;
+  }
+  /// Takes away the first `done` bytes and copies the mapped runs that remain.
+  void settle(size_t done) {
+    if (done == size()) return clear();
+    if (runs_.empty()) {
+      head_ += done;
+      if (head_ > bytes_.size() / 2) bytes_.erase(0, std::exchange(head_, 0));
+      return;
+    }
+    std::string left;
+    left.reserve(size() - done);
+    std::vector<iovec> pieces(2 * runs_.size() + 1);
+    pieces.resize(gather(pieces.data(), pieces.size()));
+    for (const iovec& piece : pieces) {
+      const size_t skip = std::min(done, piece.iov_len);
+      done -= skip;
+      left.append(static_cast<const char*>(piece.iov_base) + skip, piece.iov_len - skip);
+    }
+    clear();
+    bytes_ = std::move(left);
+  }
+  void clear() {
+    if (bytes_.capacity() > kKeep) bytes_ = {};  // an idle connection holds no memory
+    bytes_.clear();
+    runs_.clear();
+    if (runs_.capacity() > 8) runs_ = {};
+    head_ = mapped_ = 0;
+  }
+
+ private:
+  static constexpr size_t kWorthMapping = 512;  // bytes; a shorter run costs less to copy than to name
+  static constexpr size_t kKeep = 1024;
+  struct Run {
+    size_t at;  // its place: before bytes_[at]
+    const char* data;
+    size_t size;
+  };
+  std::string bytes_;
+  size_t head_ = 0;  // bytes_ before it are gone already
+  std::vector<Run> runs_;
+  size_t mapped_ = 0;
+};
+
+/// What a session writes to. `attend` tells the loop that there is something to do here before the turn ends.
+struct Port {
+  Output out;
+  bool closing = false;                // close when everything is written
+  bool dropped = false;                // close at once
+  struct Consumer* consumer = nullptr; // the subscription, null again when its channel has gone
+  class Session* session = nullptr;    // whose it is
+  std::function<void()> attend = [] {};
+};
+
+/// Quantiles of the last while, within 1 % of the exact value (of the sample at that rank): counts in buckets that grow by
+/// a factor of 1.01 / 0.99. Two halves of the window, so that what is older than it goes.
+class LatencySketch {
+ public:
+  explicit LatencySketch(int64_t window) : half_window_(std::max<int64_t>(window / 2, 1)) {}
+  void add(int64_t nanoseconds, int64_t now) {
+    turn(now);
+    ++halves_[0][bucket(nanoseconds)];
+  }
+  /// Merges another one into this one: a topic is its channels merged.
+  void merge(LatencySketch& other, int64_t now) {
+    other.turn(now);
+    for (const auto& half : other.halves_)
+      for (const auto& [which, count] : half) halves_[0][which] += count;
+  }
+  LatencyStats stats(const std::vector<double>& quantiles, int64_t now) {
+    if (begun_ != 0) turn(now);
+    std::map<int, uint64_t> all = halves_[0];
+    for (const auto& [which, count] : halves_[1]) all[which] += count;
+    LatencyStats shown;
+    for (const auto& [which, count] : all) shown.count += count;
+    for (double quantile : quantiles) {
+      const auto rank = static_cast<uint64_t>(std::ceil(quantile * static_cast<double>(shown.count)));
+      uint64_t below = 0;
+      int64_t value = 0;
+      for (const auto& [which, count] : all) {
+        if (below >= rank) break;
+        below += count;
+        value = middle(which);
+      }
+      shown.percentiles.emplace_back(quantile, value);
+    }
+    return shown;
+  }
+
+ private:
+  static constexpr double kGrowth = 1.01 / 0.99;
+  static int bucket(int64_t nanoseconds) {
+    return nanoseconds <= 1 ? 0 : static_cast<int>(std::ceil(std::log(static_cast<double>(nanoseconds)) / std::log(kGrowth)));
+  }
+  static int64_t middle(int which) { return static_cast<int64_t>(2 * std::pow(kGrowth, which) / (kGrowth + 1)); }
+  void turn(int64_t now) {
+    if (begun_ == 0) begun_ = now;
+    if (now - begun_ < half_window_) return;
+    halves_[1] = now - begun_ < 2 * half_window_ ? std::move(halves_[0]) : std::map<int, uint64_t>();
+    halves_[0].clear();
+    begun_ = now;
+  }
+  int64_t half_window_;
+  int64_t begun_ = 0;  // when the first half began
+  std::array<std::map<int, uint64_t>, 2> halves_;
+};
+
+class Broker;
+class Topic;
+class Channel;
+
+/// What is known of a client, for the statistics.
+struct ClientInfo {
+  std::string client_id, hostname, user_agent, address, topology_region, topology_zone;
+  bool zone_local = false, region_local = false;
+};
+
+/// One subscription of a channel. It outlives its connection for as long as it has messages in flight.
+/// Always: in_flight is the number of Held that it owns; it is in its channel's ready list whenever it can take a message.
+struct Consumer {
+  Consumer(Channel& of, Port& to, const ClientInfo& who, Duration timeout, int sampling);
+  static constexpr size_t kMostOutput = size_t{1} << 20;  // bytes not yet written, above which it gets no more
+
+  Channel& channel;
+  Port* port;              // null when the client is gone
+  const ClientInfo* info;  // likewise
+  int64_t msg_timeout;     // nanoseconds
+  int sample_rate;         // percent; 0: everything
+  int64_t rdy = 0, in_flight = 0;
+  uint64_t delivered = 0, finished = 0, requeued = 0;
+  uint32_t oldest, newest;  // its messages in flight, in the order of their deadlines
+  bool listed = false;      // in the channel's ready list
+  Timer timer;              // for the deadline of the oldest
+
+  bool can_take() const { return port != nullptr && in_flight < rdy && port->out.size() < kMostOutput && !port->closing; }
+};
+
+/// A message in flight.
+struct Held {
+  MessageId id;
+  States* states;
+  uint32_t index;  // in the segment of states
+  uint32_t earlier, later;  // neighbours in the owner's list, or the next free one
+  Consumer* owner;
+  int64_t delivered_at, deadline;
+};
+
+/// The messages of one channel that are in flight, found by id: a table of open addressing over a pool.
+/// Always: the table is at most half full; `later` of a free entry leads to the next free one.
+class InFlight {
+ public:
+  static constexpr uint32_t kNone = 0xFFFFFFFF;
+  size_t size() const { return used_; }
+  Held& operator[](uint32_t which) { return pool_[which]; }
+
+  uint32_t find(const MessageId& id) const {
+    if (table_.empty()) return kNone;
+    for (size_t at = id.hash() & mask();; at = (at + 1) & mask()) {
+      if (table_[at] == kNone || pool_[table_[at]].id == id) return table_[at];
+    }
+  }
+  uint32_t insert(const MessageId& id) {
+    if ((used_ + 1) * 2 > table_.size()) grow();
+    uint32_t which = free_;
+    if (which == kNone) {
+      which = static_cast<uint32_t>(pool_.size());
+      pool_.emplace_back();
+    } else {
+      free_ = pool_[which].later;
+    }
+    pool_[which].id = id;
+    ++used_;
+    place(which);
+    return which;
+  }
+  void erase(uint32_t which) {
+    size_t gap = pool_[which].id.hash() & mask();
+    while (table_[gap] != which) gap = (gap + 1) & mask();
+    for (size_t at = (gap + 1) & mask(); table_[at] != kNone; at = (at + 1) & mask()) {  // close the gap, so that no search ends in it
+      const size_t home = pool_[table_[at]].id.hash() & mask();
+      if (((at - home) & mask()) < ((at - gap) & mask())) continue;
+      table_[gap] = table_[at];
+      gap = at;
+    }
+    table_[gap] = kNone;
+    pool_[which].later = free_;
+    free_ = which;
+    if (--used_ == 0 && pool_.size() > 1024) *this = InFlight();
+  }
+
+ private:
+  size_t mask() const { return table_.size() - 1; }
+  void place(uint32_t which) {
+    size_t at = pool_[which].id.hash() & mask();
+    while (table_[at] != kNone) at = (at + 1) & mask();
+    table_[at] = which;
+  }
+  void grow() {
+    const std::vector<uint32_t> old = std::exchange(table_, std::vector<uint32_t>(std::max<size_t>(16, table_.size() * 2), kNone));
+    for (uint32_t which : old)
+      if (which != kNone) place(which);
+  }
+  std::vector<Held> pool_;
+  std::vector<uint32_t> table_;
+  uint32_t free_ = kNone;
+  size_t used_ = 0;
+};
+
+/// A message of a channel by place: what the requeued and the deferred ones need.
+struct Place {
+  States* states;
+  uint32_t index;
+  uint64_t number() const { return states->segment->first + index; }
+};
+
+/// See the head of this section for what always holds. `aside` counts the messages at or above the cursor, below
+/// `distributed`, that are not waiting there: finished or held ones, and numbers whose segment is gone.
+class Channel {
+ public:
+  Channel(Topic& of, std::string channel_name);
+
+  Topic& topic;
+  const std::string name;
+  const bool ephemeral;
+  const bool bounded;  // in memory only, so it forgets what is above --mem-queue-size
+  bool paused = false;
+  bool listed = false;  // among its topic's hungry ones
+  std::vector<std::unique_ptr<Consumer>> consumers;  // with a client
+  uint64_t requeue_count = 0, timeout_count = 0;
+  uint64_t zone_local_count = 0, region_local_count = 0, global_count = 0;
+  std::unique_ptr<LatencySketch> latency;
+
+  // For the statistics.
+  int64_t depth() const;
+  int64_t backend_depth() const;
+  int64_t in_flight_count() const { return static_cast<int64_t>(in_flight_.size()); }
+  int64_t deferred_count() const { return static_cast<int64_t>(deferred_.size()); }
+  uint64_t message_count() const;
+
+  // For a consumer's session. finish, requeue and touch return why they failed, or nothing.
+  Consumer* subscribe(Port& port, const ClientInfo& info, Duration msg_timeout, int sample_rate);
+  void unsubscribe(Consumer& consumer);
+  void give_back(Consumer& consumer);  // the same, and what it has in flight is requeued at once
+  void set_ready(Consumer& consumer, int64_t rdy);
+  std::string_view finish(Consumer& consumer, const MessageId& id);
+  std::string_view requeue(Consumer& consumer, const MessageId& id, int64_t delay);
+  std::string_view touch(Consumer& consumer, const MessageId& id, int64_t msg_timeout);
+  /// Something has changed for this consumer: it may be able to take messages now.
+  void consider(Consumer& consumer);
+
+  void pause(bool pause);
+  void empty();
+  /// Closes its clients and removes what it stored.
+  void close(bool remove_files);
+
+  // For its topic.
+  void pump();
+  bool hungry() const { return !ready_.empty(); }
+  void trim();
+  void defer(uint64_t number, int64_t due_wall);
+  Status add_states(Segment& segment, uint32_t finished_below);
+  void remove_states(const Segment& segment);
+  void adopt_states(std::unique_ptr<States> states) { states_[states->segment->first] = std::move(states); }
+  bool has_states(const Segment& segment) const { return states_.count(segment.first) > 0; }
+  void resume(size_t due_book_size);
+  void segment_sealed(Segment& segment);
+  void skip_undistributed(uint64_t from);
+  void cool();
+  void expire(Consumer& consumer);
+  States* states_of(const Segment& segment) const;
+  std::string due_path() const;
+
+ private:
+  bool find_waiting();
+  void enter(States& states);
+  void leave();
+  Status open(States& states);
+  size_t deliver(Consumer& consumer, size_t most);
+  size_t deliver_run(Consumer& consumer, size_t most);
+  bool sampled_out(const Consumer& consumer);
+  void hold(Consumer& consumer, const Place& place, const char* frame);
+  void append_again(Port& port, const Place& place);
+  uint32_t owned(Consumer& consumer, const MessageId& id, std::string_view& why);
+  void link(uint32_t which);
+  void unlink(uint32_t which);
+  Place let_go(uint32_t which);
+  void put_back(const Place& place);
+  void finish(const Place& place);
+  void drop(States& states);
+  void skip_to_end(uint64_t from);
+  void release_due();
+  void push_deferred(const Place& place, int64_t due);
+  void count_locality(const ClientInfo& info, size_t messages);
+  void bury(Consumer& consumer);
+
+  std::map<uint64_t, std::unique_ptr<States>> states_;  // by the number of the segment's first message
+  uint64_t cursor_;          // number of the next message never yet delivered
+  States* at_ = nullptr;     // those that the cursor is in, once it was looked up
+  int64_t aside_ = 0;
+  uint64_t counted_from_;    // message_count is distributed - counted_from
+  InFlight in_flight_;
+  struct Requeued {
+    Place place;
+    uint64_t behind;  // goes out when the cursor has passed this number: its turn in the queue
+  };
+  std::deque<Requeued> requeued_;
+  struct Deferred {
+    int64_t due;  // monotonic
+    Place place;
+    bool operator<(const Deferred& other) const { return due > other.due; }  // the heap's top is the earliest
+  };
+  std::vector<Deferred> deferred_;
+  Timer deferred_timer_;
+  DueBook due_book_;
+  std::deque<Consumer*> ready_;  // those that can take a message, the one that waited longest first
+  std::vector<std::unique_ptr<Consumer>> orphans_;  // without a client, until what they had in flight has timed out
+  uint32_t dice_ = 2463534242u;
+};
+
+/// A topic. Messages below `distributed` were handed to its channels; the mark follows the end of the log unless the topic
+/// is paused, waits for nsqlookupd, or has no channel.
+class Topic {
+ public:
+  Topic(Broker& of, std::string topic_name);
+
+  Broker& broker;
+  const std::string name;
+  const bool ephemeral;
+  Log log;
+  std::map<std::string, std::unique_ptr<Channel>, std::less<>> channels;
+  uint64_t message_count = 0, message_bytes = 0;
+  bool paused = false;
+  bool held_back = false;  // until nsqlookupd has said which channels there are
+  bool touched = false, cooling = false;  // in the broker's lists
+  std::vector<Channel*> hungry;           // those with a consumer that can take a message, perhaps more
+  std::vector<Channel*> bounded;          // those in memory only
+
+  uint64_t distributed() const { return distributed_; }
+  bool flows() const { return !paused && !held_back && !channels.empty(); }
+  int64_t depth() const { return static_cast<int64_t>(log.end() - distributed_); }
+  int64_t backend_depth() const;
+
+  /// Stores the bodies, in order; those before the one that fails stay. `delay` in nanoseconds, for all of them.
+  Status publish(const std::string_view* bodies, size_t count, int64_t delay);
+  Channel* find(std::string_view channel);
+  Channel* channel(std::string_view channel, Status& status);  // made where it is missing; null when its files cannot be
+  void delete_channel(Channel& channel);
+  void empty();
+  void pause(bool pause);
+  void hold_back(bool hold);
+  void close(bool remove_files);
+  void pump();
+  void cool();
+  void release_if_done(Segment& segment);
+  void retire_drained_tail();
+  void load(std::vector<std::unique_ptr<Segment>> segments);
+  void hand_over_imported();
+  void resume();
+  /// Hands over what was stored and not handed over yet, or stops doing so: to be called when flows() may have changed.
+  void update_flow();
+
+ private:
+  Status prepare(Segment& segment);  // what a new one needs before it counts
+  void wind_up(Segment& segment);    // the one before has ended
+  void mark_segments();
+  void distribute();
+  uint64_t distributed_ = 0;
+  bool marked_ = true;  // the segments say how far they were handed over; false: they follow
+};
+
+/// All topics, and what they share.
+class Broker {
+ public:
+  Broker(const Options& opts, Logger& log, const std::string& directory);
+
+  const Options& options;
+  Logger& logger;
+  Now now;  // the time of this turn, set by the loop
+  Timers timers;
+  Storage storage;
+  IdSource ids;
+  std::map<std::string, std::unique_ptr<Topic>, std::less<>> topics;
+  uint64_t deletions = 0;         // of topics: what a session remembers of one holds until this rises
+  bool serving = true;            // false: nothing is delivered any more
+  bool metadata_changed = false;  // nsqd.dat is behind
+  bool metadata_awaited = false;  // and somebody waits for it
+  /// Told of each topic (channel null) and channel that comes or goes.
+  std::function<void(const Topic& topic, const Channel* channel, bool created)> on_change;
+
+  Topic* find(std::string_view topic);
+  Topic& topic(std::string_view topic);  // made where it is missing
+  void delete_topic(Topic& topic);
+  void changed(const Topic& topic, const Channel* channel, bool created);
+  void touch(Topic& topic);
+  void cool_later(Topic& topic);
+  void pump();        // deliver what this turn made deliverable
+  bool has_work() const { return !touched_topics_.empty(); }
+  void after_write(); // unmap what is not used any more
+  Metadata metadata() const;
+  void close();
+
+ private:
+  std::vector<Topic*> touched_topics_, cooling_;
+};
+
+// ---- Consumer and channel --------------------------------------------------------------------------------------------
+
+inline Consumer::Consumer(Channel& of, Port& to, const ClientInfo& who, Duration timeout, int sampling)
+    : channel(of), port(&to), info(&who), msg_timeout(timeout.count()), sample_rate(sampling), oldest(InFlight::kNone), newest(InFlight::kNone),
+      timer(of.topic.broker.timers, [this] { channel.expire(*this); }) {}
+
+inline Channel::Channel(Topic& of, std::string channel_name)
+    : topic(of), name(std::move(channel_name)), ephemeral(is_ephemeral(name)), bounded(ephemeral || !of.log.kept()), cursor_(of.distributed()), counted_from_(of.distributed()),
+      deferred_timer_(of.broker.timers, [this] { release_due(); }), due_book_(due_path()) {
+  const Options& options = of.broker.options;
+  if (!options.e2e_processing_latency_percentile.empty())
+    latency = std::make_unique<LatencySketch>(options.e2e_processing_latency_window_time.count());
+  if (bounded) of.bounded.push_back(this);
+}
+
+inline std::string Channel::due_path() const {
+  return bounded ? std::string() : text(topic.broker.storage.directory, "/", topic.name, ":", name, ".due");
+}
+
+inline uint64_t Channel::message_count() const { return topic.distributed() - counted_from_; }
+
+inline int64_t Channel::depth() const {
+  return static_cast<int64_t>(topic.distributed() - cursor_) - aside_ + static_cast<int64_t>(requeued_.size());
+}
+
+/// Of the depth, what lies in segments that are not mapped.
+inline int64_t Channel::backend_depth() const {
+  int64_t unmapped = 0;
+  for (const auto& [first, states] : states_) {
+    const uint64_t end = std::min(states->segment->end(), topic.distributed()), begin = std::max(first, cursor_);
+    if (!states->segment->file.mapped() && end > begin) unmapped += static_cast<int64_t>(end - begin) - std::max<int64_t>(0, states->finished - static_cast<int64_t>(begin - first));
+  }
+  return std::clamp<int64_t>(unmapped, 0, std::max<int64_t>(0, depth()));
+}
+
+inline Consumer* Channel::subscribe(Port& port, const ClientInfo& info, Duration msg_timeout, int sample_rate) {
+  consumers.push_back(std::make_unique<Consumer>(*this, port, info, msg_timeout, sample_rate));
+  port.consumer = consumers.back().get();
+  return port.consumer;
+}
+
+/// Its messages stay in flight until they time out, as with nsqd.
+inline void Channel::unsubscribe(Consumer& consumer) {
+  auto found = std::find_if(consumers.begin(), consumers.end(), [&](const auto& c) { return c.get() == &consumer; });
+  ready_.erase(std::remove(ready_.begin(), ready_.end(), &consumer), ready_.end());
+  consumer.port->consumer = nullptr;
+  consumer.port = nullptr;
+  consumer.info = nullptr;
+  if (consumer.in_flight > 0) orphans_.push_back(std::move(*found));
+  consumers.erase(found);
+  if (ephemeral && consumers.empty()) topic.delete_channel(*this);
+}
+
+inline void Channel::give_back(Consumer& consumer) {
+  while (consumer.oldest != InFlight::kNone) put_back(let_go(consumer.oldest));
+  unsubscribe(consumer);
+}
+
+inline void Channel::bury(Consumer& consumer) {
+  auto found = std::find_if(orphans_.begin(), orphans_.end(), [&](const auto& c) { return c.get() == &consumer; });
+  if (found != orphans_.end()) orphans_.erase(found);
+}
+
+inline void Channel::set_ready(Consumer& consumer, int64_t rdy) {
+  consumer.rdy = rdy;
+  consider(consumer);
+}
+
+inline void Channel::consider(Consumer& consumer) {
+  if (!consumer.listed && consumer.can_take()) {
+    consumer.listed = true;
+    ready_.push_back(&consumer);
+  }
+  if (!listed && hungry()) {
+    listed = true;
+    topic.hungry.push_back(this);
+  }
+  if (consumer.listed) topic.broker.touch(topic);
+}
+
+inline uint32_t Channel::owned(Consumer& consumer, const MessageId& id, std::string_view& why) {
+  const uint32_t which = in_flight_.find(id);
+  if (which == InFlight::kNone) why = "ID not in flight";
+  else if (in_flight_[which].owner != &consumer) why = "client does not own message";
+  else return which;
+  return InFlight::kNone;
+}
+
+inline std::string_view Channel::finish(Consumer& consumer, const MessageId& id) {
+  std::string_view why;
+  const uint32_t which = owned(consumer, id, why);
+  if (which == InFlight::kNone) return why;
+  const Place place = let_go(which);
+  ++consumer.finished;
+  if (latency != nullptr && open(*place.states).ok() && place.states->segment->file.open().ok())
+    latency->add(topic.broker.now.wall - static_cast<int64_t>(get_be<uint64_t>(place.states->segment->frame(place.index) + 8)), topic.broker.now.steady);
+  finish(place);
+  consider(consumer);
+  return {};
+}
+
+inline std::string_view Channel::requeue(Consumer& consumer, const MessageId& id, int64_t delay) {
+  std::string_view why;
+  const uint32_t which = owned(consumer, id, why);
+  if (which == InFlight::kNone) return why;
+  const Place place = let_go(which);
+  ++consumer.requeued;
+  ++requeue_count;
+  if (delay == 0) {
+    put_back(place);
+  } else {
+    const Now& now = topic.broker.now;
+    push_deferred(place, saturating_add(now.steady, delay));
+    const int64_t wall_ahead = now.wall - now.steady;
+    const Status status = due_book_.add({place.number(), saturating_add(now.wall, delay)}, topic.broker.storage, [&] {
+      std::vector<DueBook::Entry> live;
+      for (const Deferred& deferred : deferred_) live.emplace_back(deferred.place.number(), saturating_add(deferred.due, wall_ahead));
+      return live;
+    });
+    if (!status.ok()) topic.broker.logger.say(Level::kError, "CHANNEL(", name, "): a delay would not survive a restart - ", status.error);
+  }
+  consider(consumer);
+  return {};
+}
+
+inline std::string_view Channel::touch(Consumer& consumer, const MessageId& id, int64_t msg_timeout) {
+  std::string_view why;
+  const uint32_t which = owned(consumer, id, why);
+  if (which == InFlight::kNone) return why;
+  unlink(which);
+  Held& held = in_flight_[which];
+  const int64_t latest = saturating_add(held.delivered_at, topic.broker.options.max_msg_timeout.count());
+  held.deadline = std::min(saturating_add(topic.broker.now.steady, msg_timeout), latest);
+  link(which);
+  return {};
+}
+
+/// Puts a message in flight into its owner's list by its deadline: nearly always at the end.
+inline void Channel::link(uint32_t which) {
+  Held& held = in_flight_[which];
+  Consumer& owner = *held.owner;
+  uint32_t after = owner.newest;
+  while (after != InFlight::kNone && in_flight_[after].deadline > held.deadline) after = in_flight_[after].earlier;
+  held.earlier = after;
+  held.later = after == InFlight::kNone ? owner.oldest : in_flight_[after].later;
+  (held.earlier == InFlight::kNone ? owner.oldest : in_flight_[held.earlier].later) = which;
+  (held.later == InFlight::kNone ? owner.newest : in_flight_[held.later].earlier) = which;
+  if (owner.timer.due() > held.deadline) owner.timer.set(held.deadline);  // an earlier one looks at the list when it fires
+}
+
+inline void Channel::unlink(uint32_t which) {
+  const Held& held = in_flight_[which];
+  Consumer& owner = *held.owner;
+  (held.earlier == InFlight::kNone ? owner.oldest : in_flight_[held.earlier].later) = held.later;
+  (held.later == InFlight::kNone ? owner.newest : in_flight_[held.later].earlier) = held.earlier;
+}
+
+inline Place Channel::let_go(uint32_t which) {
+  const Held& held = in_flight_[which];
+  const Place place{held.states, held.index};
+  unlink(which);
+  --held.owner->in_flight;
+  in_flight_.erase(which);
+  --place.states->held;
+  return place;
+}
+
+/// Behind everything that waits, as nsqd does it.
+inline void Channel::put_back(const Place& place) {
+  ++place.states->held;
+  requeued_.push_back({place, topic.distributed()});
+  topic.broker.touch(topic);
+}
+
+inline void Channel::push_deferred(const Place& place, int64_t due) {
+  ++place.states->held;
+  deferred_.push_back({due, place});
+  std::push_heap(deferred_.begin(), deferred_.end());
+  deferred_timer_.set(deferred_.front().due);
+}
+
+inline void Channel::release_due() {
+  while (!deferred_.empty() && deferred_.front().due <= topic.broker.now.steady) {
+    std::pop_heap(deferred_.begin(), deferred_.end());
+    const Place place = deferred_.back().place;
+    deferred_.pop_back();
+    --place.states->held;
+    put_back(place);
+  }
+  if (deferred_.empty()) due_book_.clear();
+  else deferred_timer_.set(deferred_.front().due);
+}
+
+/// Takes over a message that was published with a delay.
+inline void Channel::defer(uint64_t number, int64_t due_wall) {
+  auto found = std::prev(states_.upper_bound(number));
+  const Now& now = topic.broker.now;
+  const int64_t delay = std::clamp<int64_t>(due_wall - now.wall, 0, topic.broker.options.max_req_timeout.count());
+  push_deferred({found->second.get(), static_cast<uint32_t>(number - found->first)}, now.steady + delay);
+  if (number >= cursor_) ++aside_;
+}
+
+inline void Channel::expire(Consumer& consumer) {
+  const int64_t now = topic.broker.now.steady;
+  while (consumer.oldest != InFlight::kNone && in_flight_[consumer.oldest].deadline <= now) {
+    ++timeout_count;
+    put_back(let_go(consumer.oldest));
+  }
+  if (consumer.oldest != InFlight::kNone) consumer.timer.set(in_flight_[consumer.oldest].deadline);
+  if (consumer.port != nullptr) consider(consumer);
+  else if (consumer.in_flight == 0) bury(consumer);
+}
+
+inline Status Channel::open(States& states) { return states.file.open(); }
+
+inline void Channel::finish(const Place& place) {
+  States& states = *place.states;
+  Storage& storage = topic.broker.storage;
+  if (!open(states).ok()) return;  // it will come again after a restart
+  states.set(place.index, States::kFinished);
+  states.file.touch(storage);
+  ++storage.operations;
+  if (++states.finished < states.segment->count) return;
+  if (states.segment->sealed) drop(states);
+  else if (states.segment->file.size() > kWarmSegment) topic.retire_drained_tail();
+}
+
+/// This channel needs the segment no more.
+inline void Channel::drop(States& states) {
+  Segment& segment = *states.segment;
+  if (cursor_ >= segment.first && cursor_ < segment.end()) {
+    aside_ -= static_cast<int64_t>(segment.end() - cursor_);
+    cursor_ = segment.end();
+  }
+  if (at_ == &states) leave();
+  states.file.remove();
+  states_.erase(segment.first);
+  topic.release_if_done(segment);
+}
+
+inline void Channel::enter(States& states) {
+  leave();
+  at_ = &states;
+  ++states.segment->cursors;
+}
+
+inline void Channel::leave() {
+  if (at_ == nullptr) return;
+  --at_->segment->cursors;
+  at_ = nullptr;
+  topic.broker.cool_later(topic);
+}
+
+/// Moves the cursor to the next message that waits; false when there is none, or when its files cannot be read now.
+inline bool Channel::find_waiting() {
+  const uint64_t end = topic.distributed();
+  while (cursor_ < end) {
+    if (at_ == nullptr || cursor_ >= at_->segment->end()) {
+      auto next = states_.upper_bound(cursor_);
+      if (next != states_.begin() && std::prev(next)->second->segment->end() > cursor_) --next;
+      if (next == states_.end()) return false;
+      if (next->first > cursor_) {  // what lay between is gone
+        aside_ -= static_cast<int64_t>(next->first - cursor_);
+        cursor_ = next->first;
+      }
+      enter(*next->second);
+    }
+    Segment& segment = *at_->segment;
+    const Status status = !open(*at_).ok() ? open(*at_) : segment.file.open();
+    if (!status.ok()) {
+      topic.broker.logger.say(Level::kError, "CHANNEL(", name, "): cannot read - ", status.error);
+      return false;
+    }
+    const auto limit = static_cast<uint32_t>(std::min(end, segment.end()) - segment.first);
+    for (auto i = static_cast<uint32_t>(cursor_ - segment.first); i < limit; ++i, ++cursor_, --aside_)
+      if (at_->get(i) == 0 && !segment.deferred(i)) return true;
+  }
+  return false;
+}
+
+/// Gives out what waits, for as long as a consumer can take it: in turns, with runs as long as an even share allows.
+inline void Channel::pump() {
+  static constexpr size_t kLongestRun = 512;  // messages; long enough to be cheap, short enough to be fair
+  while (topic.broker.serving && !paused && !ready_.empty()) {
+    Consumer& consumer = *ready_.front();
+    if (consumer.can_take()) {
+      const size_t share = static_cast<size_t>(std::max<int64_t>(depth(), 1)) / ready_.size();
+      if (deliver(consumer, std::clamp<size_t>(share, 1, kLongestRun)) == 0) return;
+    }
+    ready_.pop_front();
+    consumer.listed = consumer.can_take();
+    if (consumer.listed) ready_.push_back(&consumer);
+  }
+}
+
+/// How many messages it took from the queue for this consumer; 0 when none waits.
+inline size_t Channel::deliver(Consumer& consumer, size_t most) {
+  const bool any = find_waiting();
+  if (requeued_.empty() || (any && requeued_.front().behind > cursor_)) return any ? deliver_run(consumer, most) : 0;
+  const Place place = requeued_.front().place;
+  if (!open(*place.states).ok() || !place.states->segment->file.open().ok()) return 0;
+  requeued_.pop_front();
+  --place.states->held;
+  if (!place.states->segment->warm()) topic.broker.cool_later(topic);
+  if (sampled_out(consumer)) {
+    finish(place);
+    return 1;
+  }
+  append_again(*consumer.port, place);
+  count_locality(*consumer.info, 1);
+  hold(consumer, place, place.states->segment->frame(place.index));
+  return 1;
+}
+
+/// First deliveries, straight from the segment: neighbours go out as one piece of memory.
+inline size_t Channel::deliver_run(Consumer& consumer, size_t most) {
+  States& states = *at_;
+  const Segment& segment = *states.segment;
+  const auto begin = static_cast<uint32_t>(cursor_ - segment.first);
+  uint64_t last = std::min({topic.distributed(), segment.end(), cursor_ + most, cursor_ + static_cast<uint64_t>(consumer.rdy - consumer.in_flight)});
+  if (!requeued_.empty()) last = std::min(last, std::max(requeued_.front().behind, cursor_ + 1));
+  const auto end = static_cast<uint32_t>(last - segment.first);
+  const char* run = segment.frame(begin);
+  const char* run_end = run;
+  uint32_t i = begin;
+  for (; i < end && static_cast<size_t>(run_end - run) < Consumer::kMostOutput; ++i) {
+    if (states.get(i) != 0 || segment.deferred(i)) break;
+    if (sampled_out(consumer)) {
+      if (i > begin) break;  // a run has no holes: the next one begins with this message
+      ++cursor_;
+      finish({&states, i});
+      return 1;
+    }
+    const char* frame = segment.frame(i);
+    hold(consumer, {&states, i}, frame);
+    run_end = frame + Segment::frame_size(frame);
+  }
+  cursor_ += i - begin;
+  states.file.touch(topic.broker.storage);
+  consumer.port->out.append_mapped(run, static_cast<size_t>(run_end - run));
+  consumer.port->attend();
+  count_locality(*consumer.info, i - begin);
+  return i - begin;
+}
+
+/// sample_rate r passes (r + 1) % and destroys the rest, for the whole channel, as nsqd 1.3.0 does.
+inline bool Channel::sampled_out(const Consumer& consumer) {
+  if (consumer.sample_rate == 0) return false;
+  dice_ ^= dice_ << 13;
+  dice_ ^= dice_ >> 17;
+  dice_ ^= dice_ << 5;
+  return static_cast<int>(dice_ % 100) > consumer.sample_rate;
+}
+
+inline void Channel::hold(Consumer& consumer, const Place& place, const char* frame) {
+  const uint16_t attempts = place.states->get(place.index);
+  place.states->set(place.index, std::min<uint16_t>(static_cast<uint16_t>(attempts + 1), States::kMost));
+  ++place.states->held;
+  const uint32_t which = in_flight_.insert(Segment::id_of(frame));
+  Held& held = in_flight_[which];
+  held.states = place.states;
+  held.index = place.index;
+  held.owner = &consumer;
+  held.delivered_at = topic.broker.now.steady;
+  held.deadline = saturating_add(held.delivered_at, consumer.msg_timeout);
+  link(which);
+  ++consumer.in_flight;
+  ++consumer.delivered;
+}
+
+/// A copy of the frame with the number of this attempt; it stops at 65535, where nsqd would begin again at 0.
+inline void Channel::append_again(Port& port, const Place& place) {
+  const char* frame = place.states->segment->frame(place.index);
+  std::string copy(frame, Segment::frame_size(frame));
+  put_be(&copy[16], static_cast<uint16_t>(place.states->get(place.index) + 1));
+  port.out.append(copy);
+  port.attend();
+}
+
+inline void Channel::count_locality(const ClientInfo& info, size_t messages) {
+  (info.zone_local ? zone_local_count : info.region_local ? region_local_count : global_count) += messages;
+}
+
+inline void Channel::pause(bool pause) {
+  paused = pause;
+  topic.broker.metadata_changed = topic.broker.metadata_awaited = true;
+  topic.broker.touch(topic);
+}
+
+/// Everything that the channel was given counts as finished from here on.
+inline void Channel::empty() {
+  for (auto* list : {&consumers, &orphans_}) {
+    for (auto& consumer : *list) {
+      consumer->in_flight = 0;
+      consumer->oldest = consumer->newest = InFlight::kNone;
+      consumer->timer.set(kNever);
+    }
+  }
+  orphans_.clear();
+  in_flight_ = InFlight();
+  requeued_.clear();
+  deferred_.clear();
+  deferred_timer_.set(kNever);
+  due_book_.clear();
+  for (auto& [first, states] : states_) states->held = 0;
+  skip_to_end(0);
+  for (auto& consumer : consumers) consider(*consumer);
+}
+
+/// Finishes all messages in [from, distributed).
+inline void Channel::skip_to_end(uint64_t from) {
+  const uint64_t end = topic.distributed();
+  std::vector<States*> done;
+  for (auto& [first, states] : states_) {
+    Segment& segment = *states->segment;
+    if (end <= first || segment.end() <= from) continue;
+    if (!open(*states).ok()) continue;
+    states->finish(static_cast<uint32_t>(std::max(from, first) - first), static_cast<uint32_t>(std::min(end, segment.end()) - first));
+    states->file.touch(topic.broker.storage);
+    if (segment.sealed && states->finished == segment.count) done.push_back(states.get());
+  }
+  if (cursor_ >= from) {
+    leave();
+    cursor_ = end;
+    aside_ = 0;
+  } else {
+    aside_ += static_cast<int64_t>(end - from);
+  }
+  for (States* states : done) drop(*states);
+  topic.broker.cool_later(topic);
+}
+
+/// The topic was emptied of what it had not handed over yet.
+inline void Channel::skip_undistributed(uint64_t from) {
+  skip_to_end(from);
+  counted_from_ += topic.distributed() - from;
+}
+
+inline void Channel::close(bool remove_files) {
+  topic.broker.logger.say(Level::kInfo, "CHANNEL(", name, "): ", remove_files ? "deleting" : "closing");
+  for (auto* list : {&topic.hungry, &topic.bounded}) list->erase(std::remove(list->begin(), list->end(), this), list->end());
+  for (auto& consumer : consumers) {
+    consumer->port->consumer = nullptr;
+    consumer->port->dropped = true;
+    consumer->port->attend();
+  }
+  consumers.clear();
+  ready_.clear();
+  leave();
+  if (!remove_files) return;
+  due_book_.remove();
+  std::vector<Segment*> segments;
+  for (auto& [first, states] : states_) {
+    segments.push_back(states->segment);
+    states->file.remove();
+  }
+  states_.clear();
+  for (Segment* segment : segments) topic.release_if_done(*segment);
+}
+
+/// Drops the newest messages above the bound, behind what the ready consumers took.
+inline void Channel::trim() {
+  int64_t excess = depth() - topic.broker.options.mem_queue_size;
+  for (auto it = states_.rbegin(); it != states_.rend() && excess > 0; ++it) {
+    States& states = *it->second;
+    if (!open(states).ok() || !states.segment->file.open().ok()) return;
+    const uint64_t end = std::min(states.segment->end(), topic.distributed());
+    for (uint64_t number = end; number > std::max(cursor_, it->first) && excess > 0; --number) {
+      const auto i = static_cast<uint32_t>(number - 1 - it->first);
+      if (states.get(i) != 0 || states.segment->deferred(i)) continue;
+      states.finish(i, i + 1);
+      ++aside_;
+      --excess;
+    }
+  }
+}
+
+inline Status Channel::add_states(Segment& segment, uint32_t finished_below) {
+  auto states = std::make_unique<States>(bounded ? std::string() : topic.log.path(name, segment.first, ".state"), segment);
+  Status status = states->file.create(topic.broker.storage);
+  if (!status.ok()) return status;
+  states->finish(0, finished_below);
+  for (uint32_t i : segment.damaged)
+    if (i >= finished_below) states->finish(i, i + 1);
+  FileHeader::write(states->file, States::kMagic, segment.first, segment.capacity());
+  states->file.touch(topic.broker.storage);
+  states_[segment.first] = std::move(states);
+  return status;
+}
+
+inline void Channel::remove_states(const Segment& segment) {
+  if (States* states = states_of(segment)) states->file.remove();
+  states_.erase(segment.first);
+}
+
+inline States* Channel::states_of(const Segment& segment) const {
+  auto found = states_.find(segment.first);
+  return found == states_.end() ? nullptr : found->second.get();
+}
+
+/// A sealed segment whose messages are all finished is not needed any more.
+inline void Channel::segment_sealed(Segment& segment) {
+  States* states = states_of(segment);
+  if (states != nullptr && states->finished == segment.count) drop(*states);
+}
+
+/// Gives back the memory of states that are not looked at now.
+inline void Channel::cool() {
+  for (auto& [first, states] : states_)
+    if (states->held == 0 && states.get() != at_ && states->segment->sealed) states->file.close();
+}
+
+/// Takes up its place after a restart: what was delivered before and not finished comes first, with its attempts; what was
+/// put off waits for its time; the cursor is at the first message never delivered.
+inline void Channel::resume(size_t due_book_size) {
+  const auto due = due_book_size > 0 ? due_book_.load_entries(due_book_size) : std::unordered_map<uint64_t, int64_t>();
+  const Now& now = topic.broker.now;
+  std::vector<States*> done;
+  bool found = false;
+  uint64_t expected = 0;
+  cursor_ = topic.distributed();
+  for (auto& [first, states] : states_) {
+    Segment& segment = *states->segment;
+    if (!open(*states).ok() || !segment.file.open().ok()) throw std::runtime_error(text("cannot map ", states->file.path(), " and its segment"));
+    states->finished = 0;
+    for (uint32_t i : segment.damaged) states->set(i, States::kFinished);
+    for (uint32_t i = segment.count; i < segment.capacity(); ++i)
+      if (states->get(i) != 0) states->set(i, 0);
+    if (found) aside_ += static_cast<int64_t>(first - expected);
+    expected = segment.end();
+    const uint64_t handed = std::clamp(topic.distributed(), first, segment.end()) - first;
+    for (uint32_t i = 0; i < segment.count; ++i) {
+      const uint16_t state = states->get(i);
+      const bool waiting = state == 0 && !segment.deferred(i);
+      if (state == States::kFinished) ++states->finished;
+      if (waiting && !found && i < handed) {
+        found = true;
+        cursor_ = first + i;
+      }
+      if (waiting || i >= handed) continue;
+      if (found) ++aside_;
+      if (state == States::kFinished) continue;
+      const auto entry = due.find(first + i);
+      const int64_t due_wall = entry != due.end() ? entry->second : segment.deferred(i) ? segment.due_of(i) : 0;
+      const int64_t delay = std::clamp<int64_t>(due_wall - now.wall, 0, topic.broker.options.max_req_timeout.count());
+      if (delay > 0) {
+        push_deferred({states.get(), i}, now.steady + delay);
+      } else {
+        ++states->held;
+        requeued_.push_back({{states.get(), i}, 0});
+      }
+    }
+    if (segment.sealed && states->finished == segment.count) done.push_back(states.get());
+    if (states->held == 0) states->file.close();
+  }
+  counted_from_ = topic.distributed();
+  for (States* states : done) drop(*states);
+}
+
+// ---- Topic -----------------------------------------------------------------------------------------------------------
+
+inline Topic::Topic(Broker& of, std::string topic_name)
+    : broker(of), name(std::move(topic_name)), ephemeral(is_ephemeral(name)),
+      log(of.storage, name, !ephemeral, [this](Segment& segment) { return prepare(segment); }, [this](Segment& segment) { wind_up(segment); }) {}
+
+inline Status Topic::publish(const std::string_view* bodies, size_t count, int64_t delay) {
+  const Now& now = broker.now;
+  const int64_t due = delay > 0 ? saturating_add(now.wall, delay) : 0;
+  if (!flows() && !log.kept()) {  // in memory only and nobody to take it: what is above the bound is dropped, and the publisher told OK
+    const auto room = static_cast<size_t>(std::max<int64_t>(0, broker.options.mem_queue_size - depth()));
+    for (size_t i = room; i < count; ++i) message_bytes += bodies[i].size();
+    message_count += count - std::min(count, room);
+    count = std::min(count, room);
+  }
+  Status status;
+  for (size_t i = 0; i < count && status.ok(); ++i) {
+    status = log.append(broker.ids.next(now.wall), now.wall, bodies[i], due);
+    if (!status.ok()) break;
+    ++message_count;
+    message_bytes += bodies[i].size();
+  }
+  log.commit();
+  if (flows()) distribute();
+  return status;
+}
+
+/// Hands what was stored to the channels: for all but deferred messages nothing but a number changes.
+inline void Topic::distribute() {
+  const uint64_t from = std::exchange(distributed_, log.end());
+  for (auto segment = log.segments.rbegin(); segment != log.segments.rend() && (*segment)->end() > from; ++segment) {
+    if ((*segment)->deferred_records == 0 || !(*segment)->file.open().ok()) continue;
+    for (uint64_t number = std::max(from, (*segment)->first); number < (*segment)->end(); ++number) {
+      const auto i = static_cast<uint32_t>(number - (*segment)->first);
+      if (!(*segment)->deferred(i)) continue;
+      for (auto& [channel_name, channel] : channels) channel->defer(number, (*segment)->due_of(i));
+    }
+  }
+  broker.touch(*this);
+}
+
+inline Status Topic::prepare(Segment& segment) {
+  segment.set_mark(flows() ? Segment::kFollows : 0, broker.storage);
+  Status status;
+  for (auto channel = channels.begin(); channel != channels.end() && status.ok(); ++channel) status = channel->second->add_states(segment, 0);
+  if (!status.ok())
+    for (auto& [channel_name, channel] : channels) channel->remove_states(segment);
+  return status;
+}
+
+inline void Topic::wind_up(Segment& segment) {
+  ++segment.channels;  // so that it is still there when the last of them lets go
+  for (auto& [channel_name, channel] : channels) channel->segment_sealed(segment);
+  --segment.channels;
+  release_if_done(segment);
+  broker.cool_later(*this);
+}
+
+inline Channel* Topic::find(std::string_view channel) {
+  auto found = channels.find(channel);
+  return found == channels.end() ? nullptr : found->second.get();
+}
+
+inline Channel* Topic::channel(std::string_view channel_name, Status& status) {
+  if (Channel* found = find(channel_name)) return found;
+  auto made = std::make_unique<Channel>(*this, std::string(channel_name));
+  for (auto& segment : log.segments) {
+    if (segment->end() <= distributed_ && segment.get() != log.tail()) continue;
+    status = made->add_states(*segment, static_cast<uint32_t>(std::clamp(distributed_, segment->first, segment->end()) - segment->first));
+    if (status.ok()) continue;
+    for (auto& other : log.segments) made->remove_states(*other);
+    broker.storage.full = status.error;
+    return nullptr;
+  }
+  broker.logger.say(Level::kInfo, "TOPIC(", name, "): new channel(", channel_name, ")");
+  Channel& channel = *channels.emplace(channel_name, std::move(made)).first->second;
+  update_flow();
+  broker.changed(*this, &channel, true);
+  return &channel;
+}
+
+inline void Topic::delete_channel(Channel& channel) {
+  broker.logger.say(Level::kInfo, "TOPIC(", name, "): deleting channel ", channel.name);
+  auto gone = std::move(channels.find(channel.name)->second);
+  channels.erase(channel.name);
+  gone->close(true);
+  update_flow();
+  broker.changed(*this, gone.get(), false);
+  gone.reset();
+  if (ephemeral && channels.empty()) broker.delete_topic(*this);
+}
+
+inline void Topic::update_flow() {
+  if (flows()) {
+    distribute();
+    for (auto& segment : log.segments)
+      if (marked_ && segment->file.open().ok() && segment->mark() != Segment::kFollows) segment->set_mark(Segment::kFollows, broker.storage);
+    marked_ = false;
+  } else {
+    mark_segments();
+  }
+  broker.cool_later(*this);
+}
+
+/// Notes in the files how far the messages were handed over.
+inline void Topic::mark_segments() {
+  marked_ = true;
+  for (auto& segment : log.segments) {
+    if (segment->end() < distributed_ || !segment->file.open().ok()) continue;
+    segment->set_mark(static_cast<uint32_t>(std::max(distributed_, segment->first) - segment->first), broker.storage);
+  }
+}
+
+inline void Topic::pause(bool pause) {
+  paused = pause;
+  update_flow();
+  broker.metadata_changed = broker.metadata_awaited = true;
+}
+
+inline void Topic::hold_back(bool hold) {
+  held_back = hold;
+  update_flow();
+}
+
+/// Drops what was not handed to the channels yet.
+inline void Topic::empty() {
+  const uint64_t from = std::exchange(distributed_, log.end());
+  if (from == distributed_) return;
+  for (auto& [channel_name, channel] : channels) channel->skip_undistributed(from);
+  mark_segments();
+  std::vector<Segment*> done;
+  for (auto& segment : log.segments) done.push_back(segment.get());
+  for (Segment* segment : done) release_if_done(*segment);
+}
+
+inline void Topic::release_if_done(Segment& segment) {
+  if (segment.channels == 0 && segment.sealed && segment.end() <= distributed_) log.release(segment);
+}
+
+/// When the last segment is a large one and every channel has finished all of it, its space is given back, too.
+inline void Topic::retire_drained_tail() {
+  Segment* tail = log.tail();
+  if (tail == nullptr || tail->end() > distributed_) return;
+  for (auto& [channel_name, channel] : channels) {
+    const States* states = channel->states_of(*tail);
+    if (states != nullptr && states->finished < tail->count) return;
+  }
+  tail->sealed = true;
+  wind_up(*tail);
+}
+
+inline void Topic::close(bool remove_files) {
+  broker.logger.say(Level::kInfo, "TOPIC(", name, "): ", remove_files ? "deleting" : "closing");
+  for (auto& [channel_name, channel] : channels) channel->close(remove_files);
+  if (remove_files) log.remove_all();
+  else log.drop_spare();
+}
+
+inline void Topic::pump() {
+  for (size_t i = 0; i < hungry.size();) {
+    Channel& channel = *hungry[i];
+    channel.pump();
+    if (channel.hungry()) {
+      ++i;
+    } else {
+      channel.listed = false;
+      hungry[i] = hungry.back();
+      hungry.pop_back();
+    }
+  }
+  for (Channel* channel : bounded) channel->trim();
+}
+
+inline void Topic::cool() {
+  for (auto& segment : log.segments)
+    if (!segment->warm()) segment->file.close();
+  for (auto& [channel_name, channel] : channels) channel->cool();
+}
+
+inline int64_t Topic::backend_depth() const {
+  int64_t unmapped = 0;
+  for (const auto& segment : log.segments)
+    if (!segment->file.mapped() && segment->end() > distributed_) unmapped += static_cast<int64_t>(segment->end() - std::max(distributed_, segment->first));
+  return unmapped;
+}
+
+inline void Topic::load(std::vector<std::unique_ptr<Segment>> segments) {
+  for (auto& segment : segments) log.adopt(std::move(segment));
+  distributed_ = log.end();
+  for (auto& segment : log.segments) {
+    const uint32_t mark = segment->mark();
+    if (mark >= segment->count) continue;
+    distributed_ = segment->first + mark;
+    break;
+  }
+}
+
+inline void Topic::hand_over_imported() {
+  distributed_ = log.end();
+  if (!flows()) mark_segments();
+}
+
+inline void Topic::resume() {
+  for (auto& segment : log.segments) {
+    if (segment->end() <= distributed_ && segment.get() != log.tail()) continue;
+    for (auto& [channel_name, channel] : channels) {
+      if (channel->has_states(*segment)) continue;
+      const auto finished = static_cast<uint32_t>(std::clamp(distributed_, segment->first, segment->end()) - segment->first);
+      const Status status = channel->add_states(*segment, finished);
+      if (!status.ok()) throw std::runtime_error(text("failed to make the files of a channel - ", status.error));
+    }
+  }
+}
+
+// ---- Broker ----------------------------------------------------------------------------------------------------------
+
+inline Broker::Broker(const Options& opts, Logger& log, const std::string& directory) : options(opts), logger(log), ids(opts.node_id) {
+  storage.directory = directory;
+  storage.logger = &log;
+  storage.largest_segment = static_cast<size_t>(std::clamp<int64_t>(opts.max_bytes_per_file, 4096, kLargestSegment)) / 4096 * 4096;
+}
+
+inline Topic* Broker::find(std::string_view topic) {
+  auto found = topics.find(topic);
+  return found == topics.end() ? nullptr : found->second.get();
+}
+
+inline Topic& Broker::topic(std::string_view name) {
+  if (Topic* found = find(name)) return *found;
+  Topic& made = *topics.emplace(name, std::make_unique<Topic>(*this, std::string(name))).first->second;
+  logger.say(Level::kInfo, "TOPIC(", name, "): created");
+  changed(made, nullptr, true);
+  return made;
+}
+
+inline void Broker::delete_topic(Topic& topic) {
+  ++deletions;
+  topic.close(true);
+  auto gone = std::move(topics.find(topic.name)->second);
+  topics.erase(topic.name);
+  for (auto* list : {&touched_topics_, &cooling_}) list->erase(std::remove(list->begin(), list->end(), gone.get()), list->end());
+  for (auto& [name, channel] : gone->channels) changed(*gone, channel.get(), false);
+  changed(*gone, nullptr, false);
+}
+
+inline void Broker::changed(const Topic& topic, const Channel* channel, bool created) {
+  if (!topic.ephemeral && !(channel != nullptr && channel->ephemeral)) metadata_changed = true;
+  if (on_change) on_change(topic, channel, created);
+}
+
+inline void Broker::touch(Topic& topic) {
+  if (topic.touched) return;
+  topic.touched = true;
+  touched_topics_.push_back(&topic);
+}
+
+inline void Broker::cool_later(Topic& topic) {
+  if (topic.cooling) return;
+  topic.cooling = true;
+  cooling_.push_back(&topic);
+}
+
+inline void Broker::pump() {
+  for (size_t i = 0; i < touched_topics_.size(); ++i) {
+    touched_topics_[i]->touched = false;
+    touched_topics_[i]->pump();
+  }
+  touched_topics_.clear();
+}
+
+inline void Broker::after_write() {
+  for (Topic* topic : cooling_) {
+    topic->cooling = false;
+    topic->cool();
+  }
+  cooling_.clear();
+}
+
+inline Metadata Broker::metadata() const {
+  Metadata metadata;
+  for (const auto& [name, topic] : topics) {
+    if (topic->ephemeral) continue;
+    metadata.topics.push_back({name, topic->paused, {}});
+    for (const auto& [channel_name, channel] : topic->channels)
+      if (!channel->ephemeral) metadata.topics.back().channels.push_back({channel_name, channel->paused});
+  }
+  return metadata;
+}
+
+inline void Broker::close() {
+  serving = false;
+  for (auto& [name, topic] : topics) topic->close(false);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// [8] Recovery
+//
+// What a start finds in the data path: nsqd.dat, our own files, and the disk queues of an nsqd that ran here before.
+// Always: a file is removed only when all that it holds is finished, was never valid, or has been stored elsewhere and synced;
+// what this program does not know stays untouched.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// The name of one of our files, taken apart: topic[:channel][.first message].kind
+struct FileName {
+  std::string name, topic, channel, kind;
+  uint64_t first = 0;
+
+  static std::optional<FileName> parse(std::string_view name) {
+    FileName parsed;
+    parsed.name = name;
+    const size_t dot = name.rfind('.');
+    if (dot == name.npos) return std::nullopt;
+    parsed.kind = name.substr(dot + 1);
+    name = name.substr(0, dot);
+    if (parsed.kind == "segment" || parsed.kind == "state") {
+      if (name.size() < 22 || name[name.size() - 21] != '.') return std::nullopt;
+      const auto number = decimal(name.substr(name.size() - 20));
+      if (!number) return std::nullopt;
+      parsed.first = static_cast<uint64_t>(*number);
+      name.remove_suffix(21);
+    } else if (parsed.kind != "due" && parsed.kind != "spare") {
+      return std::nullopt;
+    }
+    const size_t colon = name.find(':');
+    parsed.topic = name.substr(0, colon);
+    if (colon != name.npos) parsed.channel = name.substr(colon + 1);
+    const bool of_channel = parsed.kind == "state" || parsed.kind == "due";
+    if (!valid_name(parsed.topic) || of_channel != (colon != name.npos) || (of_channel && !valid_name(parsed.channel))) return std::nullopt;
+    return parsed;
+  }
+};
+
+inline std::vector<std::string> list_directory(const std::string& path) {
+  std::unique_ptr<DIR, int (*)(DIR*)> directory(::opendir(path.c_str()), ::closedir);
+  if (directory == nullptr) throw std::runtime_error(system_error("read directory", path).error);
+  std::vector<std::string> names;
+  while (const dirent* entry = ::readdir(directory.get())) names.emplace_back(entry->d_name);
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+inline size_t file_size(const std::string& path) {
+  struct stat about {};
+  return ::stat(path.c_str(), &about) == 0 ? static_cast<size_t>(about.st_size) : 0;
+}
+
+/// Reads what an earlier process left in the data path into a broker. Throws what must stop the start.
+class Recovery {
+ public:
+  explicit Recovery(Broker& broker) : broker_(broker), directory_(broker.storage.directory) {}
+
+  void run() {
+    if (const auto content = read_file(directory_ + "/nsqd.dat")) take_names(Metadata::parse(*content, directory_ + "/nsqd.dat"));
+    for (const std::string& name : list_directory(directory_)) sort(name);
+    for (auto& [topic, firsts] : segments_) take_segments(topic, firsts);
+    for (const FileName& state : states_) take_states(state);
+    import_queues();
+    for (auto& [name, topic] : broker_.topics) finish(*topic);
+    broker_.after_write();
+  }
+
+ private:
+  void take_names(const Metadata& metadata) {
+    for (const Metadata::Topic& topic : metadata.topics) {
+      if (!valid_name(topic.name)) {
+        broker_.logger.say(Level::kWarning, "skipping creation of invalid topic ", topic.name);
+        continue;
+      }
+      Topic& made = broker_.topic(topic.name);
+      made.paused = made.paused || topic.paused;
+      for (const Metadata::Channel& channel : topic.channels) {
+        if (valid_name(channel.name)) need(made, channel.name).paused = channel.paused;
+        else broker_.logger.say(Level::kWarning, "skipping creation of invalid channel ", channel.name);
+      }
+    }
+  }
+
+  Channel& need(Topic& topic, const std::string& name) {
+    Status status;
+    Channel* channel = topic.channel(name, status);
+    if (channel == nullptr) throw std::runtime_error(text("failed to make the files of channel ", name, " - ", status.error));
+    return *channel;
+  }
+
+  void sort(const std::string& name) {
+    const std::string path = directory_ + "/" + name;
+    if (name == "nsqd.dat.tmp" || ends_with(name, ".due.tmp")) {  // unfinished replacements
+      ::unlink(path.c_str());
+    } else if (const size_t at = name.find(".diskqueue."); at != name.npos) {
+      if (ends_with(name, ".dat")) queues_.insert(name.substr(0, at));
+    } else if (const auto file = FileName::parse(name)) {
+      if (file->kind == "segment") segments_[file->topic].push_back(file->first);
+      else if (file->kind == "state") states_.push_back(*file);
+      else if (file->kind == "due") due_books_[file->topic + ":" + file->channel] = path;
+      else ::unlink(path.c_str());  // a spare one
+    }
+  }
+
+  void take_segments(const std::string& name, const std::vector<uint64_t>& firsts) {
+    if (broker_.find(name) == nullptr) broker_.logger.say(Level::kWarning, "LOG: nsqd.dat does not name topic ", name, ", which has messages; taken up");
+    Topic& topic = broker_.topic(name);
+    std::vector<std::unique_ptr<Segment>> segments;
+    for (size_t i = 0; i < firsts.size(); ++i) {
+      const std::string path = topic.log.path("", firsts[i], ".segment");
+      const size_t size = file_size(path);
+      if (size < 4096) throw std::runtime_error(text(path, " is shorter than any segment; restore it from a copy, or move it away"));
+      auto segment = std::make_unique<Segment>(path, size, firsts[i]);
+      const Status status = segment->file.open();
+      if (!status.ok()) throw std::runtime_error(status.error);
+      const bool last = i + 1 == firsts.size();
+      if (!segment->recover(last, broker_.logger)) {
+        segment->file.remove();
+        continue;
+      }
+      if (!segments.empty() && segments.back()->end() > segment->first) throw std::runtime_error(text(path, " overlaps the segment before it; restore the data path from a copy"));
+      if (!last) segment->sealed = true;
+      if (segment->count > 0) broker_.ids.skip_past(Segment::id_of(segment->frame(segment->count - 1)));
+      segments.push_back(std::move(segment));
+    }
+    topic.load(std::move(segments));
+  }
+
+  void take_states(const FileName& file) {
+    Topic* topic = broker_.find(file.topic);
+    Segment* segment = nullptr;
+    if (topic != nullptr)
+      for (auto& candidate : topic->log.segments)
+        if (candidate->first == file.first) segment = candidate.get();
+    if (segment == nullptr) {
+      broker_.logger.say(Level::kInfo, "LOG: removing ", file.name, ", its segment is gone");
+      ::unlink((directory_ + "/" + file.name).c_str());
+      return;
+    }
+    auto states = std::make_unique<States>(topic->log.path(file.channel, file.first, ".state"), *segment);
+    if (file_size(states->file.path()) < states->file.size())
+      throw std::runtime_error(text(states->file.path(), " is shorter than it was made; restore it from a copy, or remove it to have its messages delivered again"));
+    const Status status = states->file.open();
+    if (!status.ok()) throw std::runtime_error(status.error);
+    const auto verdict = FileHeader::check(states->file, States::kMagic, segment->first, segment->capacity());
+    if (verdict == FileHeader::Verdict::kUnfinished) {
+      states->file.remove();
+      return;
+    }
+    if (verdict == FileHeader::Verdict::kDamaged) {
+      broker_.logger.say(Level::kWarning, "LOG: ", states->file.path(), " has a damaged header at offset 0; its states are kept");
+      FileHeader::write(states->file, States::kMagic, segment->first, segment->capacity());
+    }
+    if (topic->find(file.channel) == nullptr) {
+      broker_.logger.say(Level::kWarning, "LOG: nsqd.dat does not name channel ", file.channel, " of topic ", file.topic, ", which has messages; taken up");
+      early_channels_.insert(file.topic + ":" + file.channel);
+    }
+    adopt(*topic, file.channel, std::move(states));
+  }
+
+  /// A channel whose states were found is not given new ones for the segments that it has none for.
+  void adopt(Topic& topic, const std::string& channel, std::unique_ptr<States> states) {
+    Channel* found = topic.find(channel);
+    if (found == nullptr) found = topic.channels.emplace(channel, std::make_unique<Channel>(topic, channel)).first->second.get();
+    found->adopt_states(std::move(states));
+  }
+
+  void finish(Topic& topic) {
+    topic.resume();
+    for (auto& [name, channel] : topic.channels) {
+      const auto book = due_books_.find(topic.name + ":" + name);
+      channel->resume(book == due_books_.end() ? 0 : file_size(book->second));
+      if (early_channels_.count(topic.name + ":" + name) > 0) broker_.changed(topic, channel.get(), true);
+    }
+    topic.update_flow();
+    std::vector<Segment*> segments;
+    for (auto& segment : topic.log.segments) segments.push_back(segment.get());
+    for (Segment* segment : segments) topic.release_if_done(*segment);
+    topic.log.drop_spare();
+    for (auto& segment : topic.log.segments) segment->file.close();
+  }
+
+  // ---- The disk queues of nsqd: one per topic and channel, records of 4 bytes length and a message -----------------------
+
+  struct Position {
+    int64_t file = 0;
+    size_t offset = 0;
+  };
+  static constexpr size_t kBatch = 1000;  // messages between two syncs; what a kill during the import may double
+
+  std::string queue_file(const std::string& queue, int64_t number) const {
+    const std::string digits = std::to_string(number);
+    return text(directory_, "/", queue, ".diskqueue.", std::string(6 - std::min<size_t>(6, digits.size()), '0'), digits, ".dat");
+  }
+
+  /// The queues of channels first: they are older than what their topic still holds.
+  void import_queues() {
+    for (const bool of_channels : {true, false}) {
+      for (const std::string& queue : queues_) {
+        const size_t colon = queue.find(':');
+        if ((colon != queue.npos) != of_channels) continue;
+        const std::string topic = queue.substr(0, colon), channel = of_channels ? queue.substr(colon + 1) : "";
+        if (!valid_name(topic) || is_ephemeral(topic) || (of_channels && !valid_name(channel))) {
+          broker_.logger.say(Level::kWarning, "DISKQUEUE(", queue, "): left alone, it belongs to nothing that is kept");
+          continue;
+        }
+        Topic& to = broker_.topic(topic);
+        import_queue(queue, to, of_channels ? &need(to, channel) : nullptr);
+      }
+    }
+  }
+
+  void import_queue(const std::string& queue, Topic& topic, Channel* channel) {
+    Position at;
+    const std::string meta = queue + ".diskqueue.meta.dat";
+    if (const auto content = read_file(directory_ + "/" + meta)) {
+      long long depth = 0, read_file_number = 0, read_offset = 0;
+      if (std::sscanf(content->c_str(), "%lld\n%lld,%lld", &depth, &read_file_number, &read_offset) != 3 || read_file_number < 0 || read_offset < 0)
+        throw std::runtime_error(text("failed to read the queue of an earlier nsqd: ", directory_, "/", meta, " is damaged; mend the file or move it away"));
+      at = {read_file_number, static_cast<size_t>(read_offset)};
+    } else {
+      while (file_size(queue_file(queue, at.file)) == 0 && at.file < 1000000) ++at.file;
+    }
+    size_t imported = 0;
+    for (; ::access(queue_file(queue, at.file).c_str(), F_OK) == 0; ++at.file, at.offset = 0) {
+      const std::string path = queue_file(queue, at.file);
+      imported += import_file(read_file(path).value_or(""), path, meta, at, topic, channel);
+      save_position(meta, {at.file + 1, 0});
+      ::unlink(path.c_str());
+    }
+    ::unlink((directory_ + "/" + meta).c_str());
+    broker_.logger.say(Level::kInfo, "DISKQUEUE(", queue, "): took over ", imported, " messages of an earlier nsqd");
+  }
+
+  size_t import_file(const std::string& content, const std::string& path, const std::string& meta, Position& at, Topic& topic, Channel* channel) {
+    size_t imported = 0;
+    while (at.offset + 4 <= content.size()) {
+      const auto size = get_be<uint32_t>(&content[at.offset]);
+      if (size <= 26 || size > content.size() - at.offset - 4) break;
+      import_message(std::string_view(content).substr(at.offset + 4, size), topic, channel);
+      at.offset += 4 + size;
+      if (++imported % kBatch == 0) {
+        make_durable(topic, channel != nullptr);
+        save_position(meta, at);
+      }
+    }
+    make_durable(topic, channel != nullptr);
+    if (at.offset < content.size()) {
+      broker_.logger.say(Level::kWarning, "DISKQUEUE: ", path, " is broken off or damaged at offset ", at.offset, "; the rest is kept as ", path, ".bad");
+      const Status status = replace_file(directory_, path.substr(directory_.size() + 1) + ".bad", std::string_view(content).substr(at.offset));
+      if (!status.ok()) throw std::runtime_error(status.error);
+    }
+    return imported;
+  }
+
+  void import_message(std::string_view record, Topic& topic, Channel* channel) {
+    const auto timestamp = static_cast<int64_t>(get_be<uint64_t>(record.data()));
+    const auto attempts = get_be<uint16_t>(record.data() + 8);
+    const Status status = topic.log.append(MessageId::from(record.data() + 10), timestamp, record.substr(26), 0);
+    if (!status.ok()) throw std::runtime_error(text("failed to take over the queue of an earlier nsqd - ", status.error));
+    topic.log.commit();
+    if (channel == nullptr) return;
+    const Segment& tail = *topic.log.tail();
+    for (auto& [name, other] : topic.channels) {
+      States* states = other->states_of(tail);
+      if (states == nullptr) continue;
+      const auto mine = std::min(attempts, States::kMost);
+      states->set(tail.count - 1, other.get() == channel ? mine : States::kFinished);
+      states->file.touch(broker_.storage);
+    }
+  }
+
+  /// What a channel's queue held has been handed over already; what a topic's held, has not.
+  void make_durable(Topic& topic, bool handed_over) {
+    if (handed_over) topic.hand_over_imported();
+    for (const std::string& path : std::exchange(broker_.storage.dirty, {})) check(sync_path(path));
+    check(sync_path(directory_));
+    ++broker_.storage.epoch;
+  }
+  void save_position(const std::string& meta, const Position& at) {
+    check(replace_file(directory_, meta, text("0\n", at.file, ",", at.offset, "\n", at.file, ",", at.offset, "\n")));
+  }
+  static void check(const Status& status) {
+    if (!status.ok()) throw std::runtime_error(text("failed to take over the queue of an earlier nsqd - ", status.error));
+  }
+
+  Broker& broker_;
+  const std::string directory_;
+  std::map<std::string, std::vector<uint64_t>> segments_;  // by topic, ascending
+  std::vector<FileName> states_;
+  std::map<std::string, std::string> due_books_;  // topic:channel to path
+  std::set<std::string> queues_, early_channels_;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// [9] Protocol V2
+//
+// What NSQ's clients speak over TCP: lines with commands, some with a body, answered by frames. And the contract of every
+// session: bytes go in, bytes come out, and only the loop ([13]) touches the socket.
+// Always: a command is carried out once, when all of it has arrived, and in the order of arrival; the number of messages
+// that a client has in flight equals the number of Held that its Consumer owns.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// One side of a connection. The loop calls it; what it has to say it appends to port.out.
+class Session : public std::enable_shared_from_this<Session> {
+ public:
+  virtual ~Session() = default;
+  /// Carries out what is complete in `input` and returns how many bytes of it are done with. Whatever is left is given
+  /// again, with what has arrived since.
+  virtual size_t feed(std::string_view input) = 0;
+  /// The peer sends no more; `rest` is what feed has left over.
+  virtual void ended(std::string_view rest) = 0;
+  /// More of the output was written, so there may be room for more of it.
+  virtual void drained() {}
+  virtual void connected() {}
+
+  Port port;
+  virtual ClientStats stats() const { return {}; }
+  void unpark() {
+    parked = false;
+    resumed = true;
+    port.attend();
+  }
+  bool late = false;       // its time for a command or request is up: treat its input as ended
+  bool parked = false;     // it waits for another server's answer, and is not fed meanwhile
+  bool resumed = false;    // it does so no more
+  uint64_t written = 0;    // bytes that the loop has written for it
+};
+
+/// The errors of the protocol: "<code> <text>", and whether the connection is closed after it. As nsqd 1.3.0.
+struct ProtocolError {
+  std::string_view code;
+  bool fatal = true;
+};
+namespace errors {
+inline constexpr ProtocolError kBadProtocol{"E_BAD_PROTOCOL"}, kInvalid{"E_INVALID"}, kBadBody{"E_BAD_BODY"}, kBadTopic{"E_BAD_TOPIC"},
+    kBadChannel{"E_BAD_CHANNEL"}, kBadMessage{"E_BAD_MESSAGE"}, kPub{"E_PUB_FAILED"}, kMpub{"E_MPUB_FAILED"}, kDpub{"E_DPUB_FAILED"},
+    kSub{"E_SUB_FAILED"}, kIdentify{"E_IDENTIFY_FAILED"}, kAuth{"E_AUTH_FAILED"}, kAuthFirst{"E_AUTH_FIRST"},
+    kAuthDisabled{"E_AUTH_DISABLED"}, kUnauthorized{"E_UNAUTHORIZED"}, kFin{"E_FIN_FAILED", false}, kReq{"E_REQ_FAILED", false},
+    kTouch{"E_TOUCH_FAILED", false};
+}
+
+/// A name in an error's text, in quotes, as Go's %q writes it.
+inline std::string quoted(std::string_view name) {
+  std::string out = "\"";
+  while (!name.empty()) {
+    const size_t size = utf8_length(name);
+    const char c = name[0];
+    static constexpr std::string_view kPlain = "\a\b\f\n\r\t\v", kLetter = "abfnrtv";
+    if (size > 1) out += name.substr(0, size);
+    else if (c == '"' || c == '\\') out += '\\', out += c;
+    else if (const size_t at = kPlain.find(c); at != kPlain.npos) out += '\\', out += kLetter[at];
+    else if (size == 0 || static_cast<uint8_t>(c) < 0x20 || c == 0x7F) out += hex_escape("\\x", static_cast<uint8_t>(c), 2);
+    else out += c;
+    name.remove_prefix(std::max<size_t>(size, 1));
+  }
+  return out + "\"";
+}
+
+/// The decimal parameters of commands: digits only, nothing is 0, and what does not fit wraps, as in nsqd 1.3.0.
+inline std::optional<uint64_t> wrapping_decimal(std::string_view digits) {
+  uint64_t number = 0;
+  for (char c : digits) {
+    if (c < '0' || c > '9') return std::nullopt;
+    number = number * 10 + static_cast<uint64_t>(c - '0');
+  }
+  return number;
+}
+
+/// A pattern of an auth server: POSIX extended, plus the escapes \d \w \s and their negations outside of brackets, and
+/// non-capturing groups, since nsqd's users write Go's patterns.
+class Pattern {
+ public:
+  explicit Pattern(const std::string& pattern) { valid_ = ::regcomp(&compiled_, translated(pattern).c_str(), REG_EXTENDED | REG_NOSUB) == 0; }
+  Pattern(const Pattern&) = delete;
+  Pattern& operator=(const Pattern&) = delete;
+  ~Pattern() {
+    if (valid_) ::regfree(&compiled_);
+  }
+  bool valid() const { return valid_; }
+  bool matches(const std::string& name) const { return valid_ && ::regexec(&compiled_, name.c_str(), 0, nullptr, 0) == 0; }
+
+ private:
+  static std::string translated(const std::string& pattern) {
+    std::string out;
+    bool in_brackets = false;
+    for (size_t i = 0; i < pattern.size(); ++i) {
+      const std::string_view rest = std::string_view(pattern).substr(i);
+      static constexpr std::array<std::array<std::string_view, 3>, 3> kClasses = {{{"dD", "0-9", "[0-9]"}, {"wW", "0-9A-Za-z_", "[0-9A-Za-z_]"}, {"sS", "[:space:]", "[[:space:]]"}}};
+      const auto* known = rest[0] == '\\' && rest.size() > 1
+                              ? std::find_if(kClasses.begin(), kClasses.end(), [&](const auto& c) { return c[0].find(rest[1]) != c[0].npos; })
+                              : kClasses.end();
+      if (known != kClasses.end()) {
+        const bool negated = rest[1] == (*known)[0][1];
+        if (negated) out += text("[^", (*known)[1], "]");
+        else out += in_brackets ? (*known)[1] : (*known)[2];
+        ++i;
+      } else if (rest[0] == '\\' && rest.size() > 1 && !in_brackets) {
+        out += rest.substr(0, 2);
+        ++i;
+      } else if (!in_brackets && rest.substr(0, 3) == "(?:") {
+        out += '(';
+        i += 2;
+      } else {
+        if (rest[0] == '[') in_brackets = true;
+        if (rest[0] == ']') in_brackets = false;
+        out += rest[0];
+      }
+    }
+    return out;
+  }
+  regex_t compiled_;
+  bool valid_ = false;
+};
+
+/// What an auth server granted to a client.
+struct AuthGrant {
+  struct Authorization {
+    std::unique_ptr<Pattern> topic;
+    std::vector<std::unique_ptr<Pattern>> channels;
+    bool publish = false, subscribe = false;
+  };
+  int64_t expires = 0;  // monotonic
+  std::string identity, identity_url;
+  std::vector<Authorization> authorizations;
+
+  /// An empty channel means publishing; then, too, a channel pattern must match it.
+  bool allows(const std::string& topic, const std::string& channel) const {
+    return std::any_of(authorizations.begin(), authorizations.end(), [&](const Authorization& a) {
+      return (channel.empty() ? a.publish : a.subscribe) && a.topic->matches(topic) &&
+             std::any_of(a.channels.begin(), a.channels.end(), [&](const auto& pattern) { return pattern->matches(channel); });
+    });
+  }
+};
+
+class V2Session;
+
+/// What sessions need of the daemon around the broker.
+struct Host {
+  explicit Host(Broker& of) : broker(of) {}
+  Broker& broker;
+  int64_t started_wall = 0;
+  std::function<void(V2Session&)> ask_auth;  // parks the session until auth_answered
+  std::function<bool(std::string_view topic, Session& session)> look_up;  // true: parked until the new topic's channels are known
+  std::function<void(const std::function<void(const V2Session&)>&)> each_client;
+  std::function<void(std::vector<std::string>)> set_lookupds;
+};
+
+class V2Session : public Session {
+ public:
+  V2Session(Host& host, std::string address, std::string ip);
+  ~V2Session() override;
+  size_t feed(std::string_view input) override;
+  void ended(std::string_view rest) override;
+  void drained() override;
+
+  void auth_answered(std::shared_ptr<const AuthGrant> grant);
+  const std::string& secret() const { return secret_; }
+  const std::string& ip() const { return ip_; }
+  bool known() const { return magic_seen_; }
+  bool publishes() const { return !published_.empty(); }
+  ClientStats stats() const override;
+
+ private:
+  enum class State { kInit = 0, kSubscribed = 3, kClosing = 4 };
+  enum class Outcome { kDone, kMore, kParked };
+  struct Command {
+    std::string_view name;
+    Outcome (V2Session::*run)();
+  };
+  static constexpr size_t kLongestLine = 16384;  // as nsqd 1.3.0
+  static constexpr int64_t kDefaultHeartbeat = 30 * kSecond;
+
+  size_t step(std::string_view input, bool final);
+  Outcome dispatch();
+  Outcome fail(const ProtocolError& error, std::string_view message, std::string_view cause = {});
+  void respond(std::string_view data);
+  Outcome identify();
+  Outcome auth();
+  Outcome sub();
+  Outcome rdy();
+  Outcome fin();
+  Outcome req();
+  Outcome touch();
+  Outcome cls();
+  Outcome nop() { return Outcome::kDone; }
+  Outcome pub();
+  Outcome dpub();
+  Outcome mpub();
+  Outcome publish_one(const ProtocolError& failed, int64_t delay);
+  Outcome take_body(const char* what, std::string_view& body);
+  std::optional<int32_t> take_number();
+  Outcome missing(const ProtocolError& error, std::string_view message, size_t needed);
+  Outcome check_mpub(std::vector<std::string_view>& bodies);
+  std::optional<MessageId> message_id(size_t needed, Outcome& outcome);
+  Outcome answer_to_consumer(std::string_view why, const ProtocolError& error);
+  Outcome authorize(std::string_view topic, std::string_view channel);
+  Outcome need_topic(std::string_view name, Topic*& topic);
+  std::string apply_identity(const Json& identity);
+  std::string identity_response() const;
+  void published(std::string_view topic, size_t messages);
+  void on_timer();
+  void set_timer();
+  std::string_view word(size_t i) const { return i < words_ ? word_[i] : std::string_view(); }
+
+  Host& host_;
+  Broker& broker_;
+  State state_ = State::kInit;
+  bool magic_seen_ = false, identified_ = false;
+  ClientInfo info_;
+  std::string ip_;
+  int64_t connected_wall_, connected_steady_;
+  int64_t heartbeat_interval_ = kDefaultHeartbeat;  // of the heartbeats: as the first IDENTIFY set it
+  int64_t read_interval_ = kDefaultHeartbeat;       // of the read deadline: as the last one set it
+  int64_t next_heartbeat_ = kNever;
+  int64_t last_command_;
+  uint64_t written_at_heartbeat_ = 0;
+  int64_t msg_timeout_, first_msg_timeout_;
+  int64_t output_buffer_size_ = 16384, output_buffer_timeout_;
+  int sample_rate_ = 0, first_sample_rate_ = 0;
+  std::vector<std::pair<std::string, uint64_t>> published_;
+  std::string secret_;
+  std::shared_ptr<const AuthGrant> grant_;
+  bool auth_failed_ = false, auth_done_ = false;
+
+  // The command at hand.
+  std::array<std::string_view, 5> word_;
+  size_t words_ = 0;
+  std::string_view body_;   // what follows its line
+  size_t body_used_ = 0;
+  bool final_ = false;      // no more will come
+  size_t needed_ = 0;       // bytes of input, before it is worth trying again
+  size_t mpub_checked_ = 0, mpub_offset_ = 0;  // how far the messages of a half-arrived MPUB were looked at
+
+  Topic* last_topic_ = nullptr;  // that was published to
+  std::string last_topic_name_;
+  uint64_t last_deletions_ = 0;
+  Timer timer_;
+};
+
+inline V2Session::V2Session(Host& host, std::string address, std::string ip)
+    : host_(host), broker_(host.broker), ip_(std::move(ip)), connected_wall_(broker_.now.wall), connected_steady_(broker_.now.steady),
+      last_command_(broker_.now.steady), msg_timeout_(broker_.options.msg_timeout.count()), first_msg_timeout_(msg_timeout_),
+      output_buffer_timeout_(broker_.options.output_buffer_timeout.count()), timer_(broker_.timers, [this] { on_timer(); }) {
+  info_.address = std::move(address);
+  info_.client_id = info_.hostname = ip_;
+  port.session = this;
+  set_timer();
+}
+
+inline V2Session::~V2Session() {
+  if (port.consumer != nullptr) port.consumer->channel.unsubscribe(*port.consumer);
+  broker_.logger.say(Level::kInfo, "PROTOCOL(V2): [", info_.address, "] exiting ioloop");
+}
+
+inline size_t V2Session::feed(std::string_view input) {
+  size_t used = 0;
+  if (input.size() < needed_) return 0;
+  while (used < input.size() && !parked && !port.closing && !port.dropped) {
+    const size_t size = step(input.substr(used), false);
+    if (size == 0) break;
+    used += size;
+  }
+  return used;
+}
+
+/// A command cut off within its body gets the error of that command; within its line, silence.
+inline void V2Session::ended(std::string_view rest) {
+  if (!magic_seen_) broker_.logger.say(Level::kError, "failed to read protocol version - EOF");
+  else if (!rest.empty() && !port.closing) step(rest, true);
+  port.closing = true;
+}
+
+/// Carries out the command at the front; 0 when it is not complete.
+inline size_t V2Session::step(std::string_view input, bool final) {
+  if (!magic_seen_) {
+    if (input.size() < 4) return 0;
+    if (input.substr(0, 4) != "  V2") {
+      broker_.logger.say(Level::kError, "client(", info_.address, ") bad protocol magic '", input.substr(0, 4), "'");
+      port.out.append_frame(1, errors::kBadProtocol.code);
+      port.closing = true;
+      return 4;
+    }
+    broker_.logger.say(Level::kInfo, "CLIENT(", info_.address, "): desired protocol magic '  V2'");
+    magic_seen_ = true;
+    last_command_ = broker_.now.steady;
+    next_heartbeat_ = broker_.now.steady + heartbeat_interval_;
+    set_timer();
+    return 4;
+  }
+  const size_t end = input.substr(0, kLongestLine).find('\n');
+  if (end == input.npos) {
+    if (input.size() >= kLongestLine) port.dropped = true;
+    return 0;
+  }
+  std::string_view line = input.substr(0, end);
+  if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
+  for (words_ = 0; words_ < word_.size(); line.remove_prefix(word_[words_++].size() + 1)) {
+    word_[words_] = line.substr(0, line.find(' '));
+    if (word_[words_].size() == line.size()) {
+      ++words_;
+      break;
+    }
+  }
+  body_ = input.substr(end + 1);
+  body_used_ = 0;
+  final_ = final;
+  needed_ = 0;
+  const Outcome outcome = dispatch();
+  if (outcome == Outcome::kMore && !port.closing) {
+    if (needed_ > 0) needed_ += end + 1;
+    return 0;
+  }
+  if (outcome == Outcome::kParked) return 0;
+  last_command_ = broker_.now.steady;
+  mpub_checked_ = 0;
+  return end + 1 + body_used_;
+}
+
+inline V2Session::Outcome V2Session::dispatch() {
+  static constexpr std::array<Command, 12> kCommands = {{{"FIN", &V2Session::fin},
+                                                         {"PUB", &V2Session::pub},
+                                                         {"RDY", &V2Session::rdy},
+                                                         {"REQ", &V2Session::req},
+                                                         {"TOUCH", &V2Session::touch},
+                                                         {"MPUB", &V2Session::mpub},
+                                                         {"DPUB", &V2Session::dpub},
+                                                         {"NOP", &V2Session::nop},
+                                                         {"SUB", &V2Session::sub},
+                                                         {"CLS", &V2Session::cls},
+                                                         {"IDENTIFY", &V2Session::identify},
+                                                         {"AUTH", &V2Session::auth}}};
+  for (const Command& command : kCommands)
+    if (command.name == word_[0]) return (this->*command.run)();
+  return fail(errors::kInvalid, text("invalid command ", word_[0]));
+}
+
+inline V2Session::Outcome V2Session::fail(const ProtocolError& error, std::string_view message, std::string_view cause) {
+  const std::string whole = text(error.code, " ", message);
+  broker_.logger.say(Level::kError, "[", info_.address, "] - ", whole, cause.empty() ? "" : " - ", cause);
+  port.out.append_frame(1, whole);
+  if (error.fatal) port.closing = true;
+  port.attend();
+  return Outcome::kDone;
+}
+
+inline void V2Session::respond(std::string_view data) {
+  port.out.append_frame(0, data);
+  port.attend();
+}
+
+/// The next number of the body, if it is there.
+inline std::optional<int32_t> V2Session::take_number() {
+  if (body_.size() - body_used_ < 4) return std::nullopt;
+  body_used_ += 4;
+  return static_cast<int32_t>(get_be<uint32_t>(body_.data() + body_used_ - 4));
+}
+
+/// Something of the body is not there: wait for it, or say so when nothing will come any more.
+inline V2Session::Outcome V2Session::missing(const ProtocolError& error, std::string_view message, size_t needed) {
+  if (final_) return fail(error, message);
+  needed_ = needed;
+  return Outcome::kMore;
+}
+
+/// The body of IDENTIFY and AUTH. kDone with the connection closing where it is refused.
+inline V2Session::Outcome V2Session::take_body(const char* what, std::string_view& body) {
+  const auto size = take_number();
+  if (!size) return missing(errors::kBadBody, text(what, " failed to read body size"), 4);
+  if (*size > broker_.options.max_body_size) return fail(errors::kBadBody, text(what, " body too big ", *size, " > ", broker_.options.max_body_size));
+  if (*size <= 0) return fail(errors::kBadBody, text(what, " invalid body size ", *size));
+  const auto length = static_cast<size_t>(*size);
+  if (body_.size() - body_used_ < length) return missing(errors::kBadBody, text(what, " failed to read body"), body_used_ + length);
+  body = body_.substr(body_used_, length);
+  body_used_ += length;
+  return Outcome::kDone;
+}
+
+inline V2Session::Outcome V2Session::identify() {
+  if (state_ != State::kInit) return fail(errors::kInvalid, "cannot IDENTIFY in current state");
+  std::string_view body;
+  const Outcome outcome = take_body("IDENTIFY", body);
+  if (outcome != Outcome::kDone || port.closing) return outcome;
+  JsonParser parser{body};
+  const Json identity = parser.parse();
+  const bool decoded = parser.error.empty() && (identity.is(Json::Type::kObject) || identity.is(Json::Type::kNull));
+  if (!decoded) return fail(errors::kBadBody, "IDENTIFY failed to decode JSON body", parser.error);
+  const std::string wrong = apply_identity(identity);
+  if (wrong == "type") return fail(errors::kBadBody, "IDENTIFY failed to decode JSON body", "a member is of the wrong type");
+  if (!wrong.empty()) return fail(errors::kBadBody, text("IDENTIFY ", wrong));
+  broker_.logger.say(Level::kInfo, "[", info_.address, "] IDENTIFY: {ClientID:", info_.client_id, " Hostname:", info_.hostname, " UserAgent:", info_.user_agent,
+                     " HeartbeatInterval:", read_interval_ == kNever ? -1 : read_interval_ / kMillisecond, " MsgTimeout:", msg_timeout_ / kMillisecond, "}");
+  const Json* negotiate = identity.find("feature_negotiation");
+  respond(negotiate != nullptr && negotiate->boolean ? identity_response() : "OK");
+  return Outcome::kDone;
+}
+
+/// Takes over what a client tells about itself. Returns what is wrong with it, "type" for a member of the wrong type.
+inline std::string V2Session::apply_identity(const Json& identity) {
+  bool typed = true;
+  auto member = [&](std::string_view key, Json::Type type) {
+    const Json* found = identity.find(key);
+    if (found == nullptr || found->is(Json::Type::kNull)) return static_cast<const Json*>(nullptr);
+    typed = typed && found->is(type);
+    return typed ? found : nullptr;
+  };
+  auto string = [&](std::string_view key) {
+    const Json* found = member(key, Json::Type::kString);
+    return found == nullptr ? std::string() : found->string;
+  };
+  auto integer = [&](std::string_view key) -> int64_t {
+    const Json* found = member(key, Json::Type::kNumber);
+    if (found == nullptr) return 0;
+    typed = typed && found->integer().has_value();
+    return found->integer().value_or(0);
+  };
+  const std::string id = string("client_id"), host = string("hostname"), agent = string("user_agent"), region = string("topology_region"), zone = string("topology_zone");
+  const int64_t heartbeat = integer("heartbeat_interval"), buffer_timeout = integer("output_buffer_timeout"), buffer_size = integer("output_buffer_size");
+  const int64_t sampling = integer("sample_rate"), timeout = integer("msg_timeout");
+  for (std::string_view key : {"feature_negotiation", "tls_v1", "deflate", "snappy"}) member(key, Json::Type::kBool);
+  integer("deflate_level");
+  if (!typed || sampling > std::numeric_limits<int32_t>::max() || sampling < std::numeric_limits<int32_t>::min()) return "type";
+
+  const Options& limits = broker_.options;
+  auto within = [](int64_t value, int64_t least, int64_t most) { return value >= least && value <= most; };
+  auto ms = [](Duration duration) { return duration.count() / kMillisecond; };
+  info_.client_id = id;
+  info_.hostname = host;
+  info_.user_agent = agent;
+  info_.topology_region = region;
+  info_.topology_zone = zone;
+  if (heartbeat == -1) read_interval_ = kNever;
+  else if (within(heartbeat, 1000, ms(limits.max_heartbeat_interval))) read_interval_ = heartbeat * kMillisecond;
+  else if (heartbeat != 0) return text("heartbeat interval (", heartbeat, ") is invalid");
+  if (buffer_timeout == -1) output_buffer_timeout_ = 0;
+  else if (within(buffer_timeout, ms(limits.min_output_buffer_timeout), ms(limits.max_output_buffer_timeout))) output_buffer_timeout_ = buffer_timeout * kMillisecond;
+  else if (buffer_timeout != 0) return text("output buffer timeout (", buffer_timeout, ") is invalid");
+  if (buffer_size == -1) output_buffer_size_ = 1, output_buffer_timeout_ = 0;
+  else if (within(buffer_size, 64, limits.max_output_buffer_size)) output_buffer_size_ = buffer_size;
+  else if (buffer_size != 0) return text("output buffer size (", buffer_size, ") is invalid");
+  if (!within(sampling, 0, 99)) return text("sample rate (", sampling, ") is invalid");
+  sample_rate_ = static_cast<int>(sampling);
+  if (within(timeout, 1000, ms(limits.max_msg_timeout))) msg_timeout_ = timeout * kMillisecond;
+  else if (timeout != 0) return text("msg timeout (", timeout, ") is invalid");
+
+  if (!std::exchange(identified_, true)) {  // the delivery side keeps what the first one said
+    heartbeat_interval_ = read_interval_;
+    first_msg_timeout_ = msg_timeout_;
+    first_sample_rate_ = sample_rate_;
+    const auto& experiments = limits.enable_experiment;
+    if (std::find(experiments.begin(), experiments.end(), "topology-aware-consumption") != experiments.end()) {
+      info_.zone_local = zone == limits.topology_zone;
+      info_.region_local = region == limits.topology_region;
+    }
+    next_heartbeat_ = heartbeat_interval_ == kNever ? kNever : broker_.now.steady + heartbeat_interval_;
+  }
+  set_timer();
+  return {};
+}
+
+inline std::string V2Session::identity_response() const {
+  const Options& options = broker_.options;
+  JsonWriter json;
+  json.open('{').member("max_rdy_count", options.max_rdy_count).member("version", kProtocolVersion);
+  json.member("max_msg_timeout", options.max_msg_timeout.count() / kMillisecond).member("msg_timeout", msg_timeout_ / kMillisecond);
+  json.member("tls_v1", false).member("deflate", false).member("deflate_level", std::min<int64_t>(6, options.max_deflate_level));
+  json.member("max_deflate_level", options.max_deflate_level).member("snappy", false).member("sample_rate", sample_rate_);
+  json.member("auth_required", !options.auth_http_address.empty()).member("output_buffer_size", output_buffer_size_);
+  json.member("output_buffer_timeout", output_buffer_timeout_ / kMillisecond);
+  json.member("topology_region", options.topology_region).member("topology_zone", options.topology_zone).close('}');
+  return json.out;
+}
+
+inline V2Session::Outcome V2Session::auth() {
+  if (state_ != State::kInit) return fail(errors::kInvalid, "cannot AUTH in current state");
+  if (words_ != 1) return fail(errors::kInvalid, "AUTH invalid number of parameters");
+  std::string_view body;
+  const Outcome outcome = take_body("AUTH", body);
+  if (outcome != Outcome::kDone || port.closing) return outcome;
+  if (broker_.options.auth_http_address.empty()) return fail(errors::kAuthDisabled, "AUTH disabled");
+  if (std::exchange(auth_failed_, false)) return fail(errors::kAuth, "AUTH failed");
+  if (grant_ == nullptr) {
+    secret_ = body;
+    host_.ask_auth(*this);
+    return Outcome::kParked;
+  }
+  if (auth_done_) return fail(errors::kInvalid, "AUTH already set");
+  if (grant_->authorizations.empty()) return fail(errors::kUnauthorized, "AUTH no authorizations found");
+  auth_done_ = true;
+  JsonWriter json;
+  json.open('{').member("identity", grant_->identity).member("identity_url", grant_->identity_url);
+  respond(json.member("permission_count", static_cast<uint64_t>(grant_->authorizations.size())).close('}').out);
+  return Outcome::kDone;
+}
+
+/// The answer of the auth server has come (null: it cannot be used); the command that waits for it is tried again.
+inline void V2Session::auth_answered(std::shared_ptr<const AuthGrant> grant) {
+  auth_failed_ = grant == nullptr;
+  if (grant != nullptr) grant_ = std::move(grant);
+  needed_ = 0;
+  unpark();
+}
+
+/// Whether this client may do the command at hand; an empty channel means publishing.
+inline V2Session::Outcome V2Session::authorize(std::string_view topic, std::string_view channel) {
+  if (broker_.options.auth_http_address.empty()) return Outcome::kDone;
+  if (grant_ == nullptr || grant_->authorizations.empty()) return fail(errors::kAuthFirst, text("AUTH required before ", word(0)));
+  if (std::exchange(auth_failed_, false)) return fail(errors::kAuth, "AUTH failed");
+  if (grant_->expires <= broker_.now.steady) {
+    host_.ask_auth(*this);
+    return Outcome::kParked;
+  }
+  if (grant_->allows(std::string(topic), std::string(channel))) return Outcome::kDone;
+  return fail(errors::kUnauthorized, text("AUTH failed for ", word(0), " on ", quoted(topic), " ", quoted(channel)));
+}
+
+/// The topic of that name, made where it is missing; kParked while nsqlookupd is asked for its channels.
+inline V2Session::Outcome V2Session::need_topic(std::string_view name, Topic*& topic) {
+  if (last_topic_ != nullptr && last_deletions_ == broker_.deletions && last_topic_name_ == name) {
+    topic = last_topic_;
+    return Outcome::kDone;
+  }
+  if (broker_.find(name) == nullptr && host_.look_up(name, *this)) return Outcome::kParked;
+  topic = last_topic_ = &broker_.topic(name);
+  last_topic_name_ = name;
+  last_deletions_ = broker_.deletions;
+  return Outcome::kDone;
+}
+
+inline V2Session::Outcome V2Session::sub() {
+  const Options& options = broker_.options;
+  if (state_ != State::kInit) return fail(errors::kInvalid, "cannot SUB in current state");
+  if (read_interval_ == kNever) return fail(errors::kInvalid, "cannot SUB with heartbeats disabled");
+  if (words_ < 3) return fail(errors::kInvalid, "SUB insufficient number of parameters");
+  if (!valid_name(word(1))) return fail(errors::kBadTopic, text("SUB topic name ", quoted(word(1)), " is not valid"));
+  if (!valid_name(word(2))) return fail(errors::kBadChannel, text("SUB channel name ", quoted(word(2)), " is not valid"));
+  Topic* topic = nullptr;
+  Outcome outcome = authorize(word(1), word(2));
+  if (outcome == Outcome::kDone && !port.closing) outcome = need_topic(word(1), topic);
+  if (outcome != Outcome::kDone || port.closing) return outcome;
+  Status status;
+  Channel* channel = topic->channel(word(2), status);
+  if (channel == nullptr) return fail(errors::kSub, text("SUB failed ", status.error));
+  if (options.max_channel_consumers > 0 && static_cast<int64_t>(channel->consumers.size()) >= options.max_channel_consumers)
+    return fail(errors::kSub, text("SUB failed consumers for ", word(1), ":", word(2), " exceeds limit of ", options.max_channel_consumers));
+  channel->subscribe(port, info_, to_duration(first_msg_timeout_), first_sample_rate_);
+  state_ = State::kSubscribed;
+  respond("OK");
+  return Outcome::kDone;
+}
+
+inline V2Session::Outcome V2Session::rdy() {
+  if (state_ == State::kClosing) return Outcome::kDone;
+  if (state_ != State::kSubscribed) return fail(errors::kInvalid, "cannot RDY in current state");
+  const auto count = words_ > 1 ? wrapping_decimal(word(1)) : 1;
+  if (!count) return fail(errors::kInvalid, text("RDY could not parse count ", word(1)));
+  const auto rdy = static_cast<int64_t>(*count);
+  if (rdy < 0 || rdy > broker_.options.max_rdy_count) return fail(errors::kInvalid, text("RDY count ", rdy, " out of range 0-", broker_.options.max_rdy_count));
+  if (port.consumer != nullptr) port.consumer->channel.set_ready(*port.consumer, rdy);
+  return Outcome::kDone;
+}
+
+/// The id that FIN, REQ and TOUCH name, where they may be used now; else nothing, and the outcome.
+inline std::optional<MessageId> V2Session::message_id(size_t needed, Outcome& outcome) {
+  if (state_ == State::kInit) outcome = fail(errors::kInvalid, text("cannot ", word(0), " in current state"));
+  else if (words_ < needed) outcome = fail(errors::kInvalid, text(word(0), " insufficient number of params"));
+  else if (word(1).size() != 16) outcome = fail(errors::kInvalid, "invalid message ID");
+  else return MessageId::from(word(1).data());
+  return std::nullopt;
+}
+
+inline V2Session::Outcome V2Session::answer_to_consumer(std::string_view why, const ProtocolError& error) {
+  return why.empty() ? Outcome::kDone : fail(error, text(word(0), " ", word(1), " failed ", why));
+}
+
+inline V2Session::Outcome V2Session::fin() {
+  Outcome outcome = Outcome::kDone;
+  const auto id = message_id(2, outcome);
+  if (!id || port.consumer == nullptr) return outcome;
+  return answer_to_consumer(port.consumer->channel.finish(*port.consumer, *id), errors::kFin);
+}
+
+inline V2Session::Outcome V2Session::req() {
+  Outcome outcome = Outcome::kDone;
+  const auto id = message_id(3, outcome);
+  if (!id) return outcome;
+  const auto ms = wrapping_decimal(word(2));
+  if (!ms) return fail(errors::kInvalid, text("REQ could not parse timeout ", word(2)));
+  if (port.consumer == nullptr) return outcome;
+  const int64_t most = broker_.options.max_req_timeout.count();
+  const auto asked = static_cast<int64_t>(*ms * static_cast<uint64_t>(kMillisecond));  // beyond 292 years it wraps, and may mean now
+  const int64_t delay = std::clamp<int64_t>(asked, 0, most);
+  if (delay != asked) broker_.logger.say(Level::kInfo, "[", info_.address, "] REQ timeout ", asked, " out of range 0-", most, ". Setting to ", delay);
+  return answer_to_consumer(port.consumer->channel.requeue(*port.consumer, *id, delay), errors::kReq);
+}
+
+inline V2Session::Outcome V2Session::touch() {
+  Outcome outcome = Outcome::kDone;
+  const auto id = message_id(2, outcome);
+  if (!id || port.consumer == nullptr) return outcome;
+  return answer_to_consumer(port.consumer->channel.touch(*port.consumer, *id, msg_timeout_), errors::kTouch);
+}
+
+inline V2Session::Outcome V2Session::cls() {
+  if (state_ != State::kSubscribed) return fail(errors::kInvalid, "cannot CLS in current state");
+  if (port.consumer != nullptr) port.consumer->channel.set_ready(*port.consumer, 0);
+  state_ = State::kClosing;
+  respond("CLOSE_WAIT");
+  return Outcome::kDone;
+}
+
+inline V2Session::Outcome V2Session::pub() {
+  if (words_ < 2) return fail(errors::kInvalid, "PUB insufficient number of parameters");
+  if (!valid_name(word(1))) return fail(errors::kBadTopic, text("PUB topic name ", quoted(word(1)), " is not valid"));
+  return publish_one(errors::kPub, 0);
+}
+
+inline V2Session::Outcome V2Session::dpub() {
+  if (words_ < 3) return fail(errors::kInvalid, "DPUB insufficient number of parameters");
+  if (!valid_name(word(1))) return fail(errors::kBadTopic, text("DPUB topic name ", quoted(word(1)), " is not valid"));
+  const auto ms = wrapping_decimal(word(2));
+  if (!ms) return fail(errors::kInvalid, text("DPUB could not parse timeout ", word(2)));
+  const int64_t most = broker_.options.max_req_timeout.count() / kMillisecond;
+  if (*ms > static_cast<uint64_t>(most)) return fail(errors::kInvalid, text("DPUB timeout ", static_cast<int64_t>(*ms), " out of range 0-", most));
+  return publish_one(errors::kDpub, static_cast<int64_t>(*ms) * kMillisecond);
+}
+
+inline V2Session::Outcome V2Session::publish_one(const ProtocolError& failed, int64_t delay) {
+  const std::string_view command = word(0);
+  const auto size = take_number();
+  if (!size) return missing(errors::kBadMessage, text(command, " failed to read message body size"), 4);
+  if (*size <= 0) return fail(errors::kBadMessage, text(command, " invalid message body size ", *size));
+  if (*size > broker_.options.max_msg_size) return fail(errors::kBadMessage, text(command, " message too big ", *size, " > ", broker_.options.max_msg_size));
+  const auto length = static_cast<size_t>(*size);
+  if (body_.size() - body_used_ < length) return missing(errors::kBadMessage, text(command, " failed to read message body"), body_used_ + length);
+  const std::string_view body = body_.substr(body_used_, length);
+  body_used_ += length;
+  Topic* topic = nullptr;
+  Outcome outcome = authorize(word(1), {});
+  if (outcome == Outcome::kDone && !port.closing) outcome = need_topic(word(1), topic);
+  if (outcome != Outcome::kDone || port.closing) return outcome;
+  const Status status = topic->publish(&body, 1, delay);
+  if (!status.ok()) return fail(failed, text(command, " failed ", status.error));
+  published(word(1), 1);
+  respond("OK");
+  return Outcome::kDone;
+}
+
+inline V2Session::Outcome V2Session::mpub() {
+  if (words_ < 2) return fail(errors::kInvalid, "MPUB insufficient number of parameters");
+  if (!valid_name(word(1))) return fail(errors::kBadTopic, text(errors::kBadTopic.code, " MPUB topic name ", quoted(word(1)), " is not valid"));
+  Topic* topic = nullptr;
+  Outcome outcome = authorize(word(1), {});
+  if (outcome == Outcome::kDone && !port.closing) outcome = need_topic(word(1), topic);
+  if (outcome != Outcome::kDone || port.closing) return outcome;
+  std::vector<std::string_view> bodies;
+  outcome = check_mpub(bodies);
+  if (outcome != Outcome::kDone || port.closing) return outcome;
+  const Status status = topic->publish(bodies.data(), bodies.size(), 0);
+  if (!status.ok()) return fail(errors::kMpub, text("MPUB failed ", status.error));
+  published(word(1), bodies.size());
+  respond("OK");
+  return Outcome::kDone;
+}
+
+/// Looks at all messages before any is stored. What was found good is not looked at again when more has arrived.
+inline V2Session::Outcome V2Session::check_mpub(std::vector<std::string_view>& bodies) {
+  const Options& options = broker_.options;
+  const auto size = take_number();
+  if (!size) return missing(errors::kBadBody, "MPUB failed to read body size", 4);
+  if (*size <= 0) return fail(errors::kBadBody, text("MPUB invalid body size ", *size));
+  if (*size > options.max_body_size) return fail(errors::kBadBody, text("MPUB body too big ", *size, " > ", options.max_body_size));
+  const auto count = take_number();
+  if (!count) return missing(errors::kBadBody, "MPUB failed to read message count", 8);
+  if (*count <= 0 || *count > (options.max_body_size - 4) / 5) return fail(errors::kBadBody, text("MPUB invalid message count ", *count));
+  if (mpub_checked_ > 0) body_used_ = mpub_offset_;
+  for (; mpub_checked_ < static_cast<size_t>(*count); ++mpub_checked_, mpub_offset_ = body_used_) {
+    const size_t begin = body_used_;
+    const auto length = take_number();
+    if (!length) return missing(errors::kBadMessage, text("MPUB failed to read message(", mpub_checked_, ") body size"), begin + 4);
+    if (*length <= 0) return fail(errors::kBadMessage, text("MPUB invalid message(", mpub_checked_, ") body size ", *length));
+    if (*length > options.max_msg_size) return fail(errors::kBadMessage, text("MPUB message too big ", *length, " > ", options.max_msg_size));
+    if (body_.size() - body_used_ < static_cast<size_t>(*length)) return missing(errors::kBadMessage, "MPUB failed to read message body", body_used_ + static_cast<size_t>(*length));
+    body_used_ += static_cast<size_t>(*length);
+  }
+  bodies.reserve(mpub_checked_);
+  for (size_t at = 8; at < body_used_;) {
+    const size_t length = get_be<uint32_t>(body_.data() + at);
+    bodies.push_back(body_.substr(at + 4, length));
+    at += 4 + length;
+  }
+  return Outcome::kDone;
+}
+
+inline void V2Session::published(std::string_view topic, size_t messages) {
+  if (published_.empty() || published_.back().first != topic) {
+    auto found = std::find_if(published_.begin(), published_.end(), [&](const auto& entry) { return entry.first == topic; });
+    if (found == published_.end()) published_.emplace_back(topic, 0);
+    else std::swap(*found, published_.back());
+  }
+  published_.back().second += messages;
+}
+
+inline void V2Session::drained() {
+  if (port.consumer != nullptr && !port.consumer->listed) port.consumer->channel.consider(*port.consumer);
+}
+
+/// One timer for the heartbeat and the read deadline.
+inline void V2Session::set_timer() {
+  const int64_t patience = !magic_seen_ ? 2 * kDefaultHeartbeat : read_interval_ == kNever ? kNever : 2 * read_interval_;
+  int64_t beat = next_heartbeat_;
+  if (beat != kNever) {  // rounded up, so that the heartbeats of many clients share a turn of the loop
+    const int64_t grain = std::min(kSecond, heartbeat_interval_ / 8);
+    beat = (beat + grain - 1) / grain * grain;
+  }
+  timer_.set(std::min(beat, patience == kNever ? kNever : last_command_ + patience));
+}
+
+inline void V2Session::on_timer() {
+  const int64_t now = broker_.now.steady;
+  const int64_t patience = !magic_seen_ ? 2 * kDefaultHeartbeat : read_interval_ == kNever ? kNever : 2 * read_interval_;
+  if (patience != kNever && now - last_command_ >= patience && !parked) {
+    broker_.logger.say(Level::kError, "client(", info_.address, ") - i/o timeout");
+    late = true;
+    port.attend();
+    return;
+  }
+  if (now >= next_heartbeat_) {
+    const bool stuck = !port.out.empty() && written == written_at_heartbeat_;
+    written_at_heartbeat_ = written;
+    next_heartbeat_ = std::max(next_heartbeat_ + heartbeat_interval_, now);
+    if (stuck) port.dropped = true;  // the write deadline: nothing went out for a whole interval
+    else respond("_heartbeat_");
+    port.attend();
+  }
+  set_timer();
+}
+
+inline ClientStats V2Session::stats() const {
+  ClientStats shown;
+  shown.client_id = info_.client_id;
+  shown.hostname = info_.hostname;
+  shown.user_agent = info_.user_agent;
+  shown.remote_address = info_.address;
+  shown.topology_region = info_.topology_region;
+  shown.topology_zone = info_.topology_zone;
+  shown.state = static_cast<int>(state_);
+  if (const Consumer* consumer = port.consumer) {
+    shown.ready_count = consumer->rdy;
+    shown.in_flight_count = consumer->in_flight;
+    shown.message_count = static_cast<int64_t>(consumer->delivered);
+    shown.finish_count = static_cast<int64_t>(consumer->finished);
+    shown.requeue_count = static_cast<int64_t>(consumer->requeued);
+  }
+  shown.connected_at = connected_wall_ / kSecond;
+  shown.connected_for = broker_.now.steady - connected_steady_;
+  shown.sample_rate = sample_rate_;
+  if (grant_ != nullptr) {
+    shown.authed = true;
+    shown.auth_identity = grant_->identity;
+    shown.auth_identity_url = grant_->identity_url;
+  }
+  shown.pub_counts = published_;
+  return shown;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// [10] Statistics
+//
+// One snapshot, and the ways to print it: JSON and text as GET /stats has them, and lines for statsd.
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct StatsQuery {
+  std::string topic, channel;  // empty: all
+  bool include_clients = true, include_memory = true;
+};
+
+inline ChannelStats channel_stats(Channel& channel, bool include_clients, int64_t now, LatencySketch* merged) {
+  ChannelStats shown;
+  shown.name = channel.name;
+  shown.depth = channel.depth();
+  shown.backend_depth = channel.backend_depth();
+  shown.in_flight_count = channel.in_flight_count();
+  shown.deferred_count = channel.deferred_count();
+  shown.message_count = channel.message_count();
+  shown.requeue_count = channel.requeue_count;
+  shown.timeout_count = channel.timeout_count;
+  shown.zone_local_count = channel.zone_local_count;
+  shown.region_local_count = channel.region_local_count;
+  shown.global_count = channel.global_count;
+  shown.client_count = static_cast<int64_t>(channel.consumers.size());
+  shown.paused = channel.paused;
+  if (include_clients)
+    for (const auto& consumer : channel.consumers) shown.clients.push_back(consumer->port->session->stats());
+  if (channel.latency != nullptr) {
+    shown.latency = channel.latency->stats(channel.topic.broker.options.e2e_processing_latency_percentile, now);
+    merged->merge(*channel.latency, now);
+  }
+  return shown;
+}
+
+inline Stats take_stats(const Host& host, const StatsQuery& query) {
+  Broker& broker = host.broker;
+  const Options& options = broker.options;
+  Stats stats;
+  stats.health = broker.storage.health();
+  stats.start_time = host.started_wall / kSecond;
+  for (auto& [name, topic] : broker.topics) {
+    if ((!query.topic.empty() && query.topic != name) || (!query.channel.empty() && topic->find(query.channel) == nullptr)) continue;
+    TopicStats shown;
+    shown.name = name;
+    shown.depth = topic->depth();
+    shown.backend_depth = topic->backend_depth();
+    shown.message_count = topic->message_count;
+    shown.message_bytes = topic->message_bytes;
+    shown.paused = topic->paused;
+    LatencySketch merged(options.e2e_processing_latency_window_time.count());
+    for (auto& [channel_name, channel] : topic->channels)
+      if (query.channel.empty() || query.channel == channel_name) shown.channels.push_back(channel_stats(*channel, query.include_clients, broker.now.steady, &merged));
+    if (!shown.channels.empty()) shown.latency = merged.stats(options.e2e_processing_latency_percentile, broker.now.steady);
+    stats.topics.push_back(std::move(shown));
+  }
+  if (query.include_clients)
+    host.each_client([&](const V2Session& client) {
+      if (client.publishes()) stats.producers.push_back(client.stats());
+    });
+  return stats;
+}
+
+/// nsqd's names for Go's memory figures. Here: what the process holds in memory of its own; 0 for what only a collector has.
+inline std::vector<std::pair<std::string, int64_t>> memory_figures() {
+  int64_t in_use = 0;
+  if (std::FILE* statm = std::fopen("/proc/self/statm", "r")) {
+    long long total = 0, resident = 0, shared = 0;
+    if (std::fscanf(statm, "%lld %lld %lld", &total, &resident, &shared) == 3) in_use = (resident - shared) * ::sysconf(_SC_PAGESIZE);
+    std::fclose(statm);
+  }
+  return {{"heap_objects", 0},      {"heap_idle_bytes", 0},   {"heap_in_use_bytes", in_use}, {"heap_released_bytes", 0}, {"gc_pause_usec_100", 0},
+          {"gc_pause_usec_99", 0}, {"gc_pause_usec_95", 0}, {"next_gc_bytes", 0},           {"gc_total_runs", 0}};
+}
+
+inline void write_latency(JsonWriter& json, const LatencyStats& latency) {
+  json.key("e2e_processing_latency").open('{').member("count", latency.count).key("percentiles");
+  if (latency.percentiles.empty()) {
+    json.raw("null");
+  } else {
+    json.open('[');
+    for (const auto& [quantile, value] : latency.percentiles) json.open('{').member("quantile", quantile).member("value", value).close('}');
+    json.close(']');
+  }
+  json.close('}');
+}
+
+inline void write_client(JsonWriter& json, const ClientStats& client, const StatsQuery& query) {
+  json.open('{').member("client_id", client.client_id).member("hostname", client.hostname).member("version", "V2");
+  json.member("remote_address", client.remote_address).member("state", client.state).member("ready_count", client.ready_count);
+  json.member("in_flight_count", client.in_flight_count).member("message_count", client.message_count);
+  json.member("finish_count", client.finish_count).member("requeue_count", client.requeue_count).member("connect_ts", client.connected_at);
+  json.member("sample_rate", client.sample_rate).member("deflate", false).member("snappy", false).member("user_agent", client.user_agent);
+  if (client.authed) json.member("authed", true);
+  if (!client.auth_identity.empty()) json.member("auth_identity", client.auth_identity);
+  if (!client.auth_identity_url.empty()) json.member("auth_identity_url", client.auth_identity_url);
+  json.member("topology_zone", client.topology_zone).member("topology_region", client.topology_region);
+  const auto shown = [&](const auto& entry) { return query.topic.empty() || query.topic == entry.first; };
+  if (std::any_of(client.pub_counts.begin(), client.pub_counts.end(), shown)) {
+    json.key("pub_counts").open('[');
+    for (const auto& entry : client.pub_counts)
+      if (shown(entry)) json.open('{').member("topic", entry.first).member("count", entry.second).close('}');
+    json.close(']');
+  }
+  json.member("tls", false).member("tls_cipher_suite", "").member("tls_version", "").member("tls_negotiated_protocol", "");
+  json.member("tls_negotiated_protocol_is_mutual", false).close('}');
+}
+
+inline void write_channel(JsonWriter& json, const ChannelStats& channel, const StatsQuery& query) {
+  json.open('{').member("channel_name", channel.name).member("depth", channel.depth).member("backend_depth", channel.backend_depth);
+  json.member("in_flight_count", channel.in_flight_count).member("deferred_count", channel.deferred_count).member("message_count", channel.message_count);
+  if (channel.zone_local_count > 0) json.member("zone_local_msg_count", channel.zone_local_count);
+  if (channel.region_local_count > 0) json.member("region_local_msg_count", channel.region_local_count);
+  if (channel.global_count > 0) json.member("global_msg_count", channel.global_count);
+  json.member("requeue_count", channel.requeue_count).member("timeout_count", channel.timeout_count).member("client_count", channel.client_count);
+  json.key("clients");
+  if (query.include_clients) {
+    json.open('[');
+    for (const ClientStats& client : channel.clients) write_client(json, client, query);
+    json.close(']');
+  } else {
+    json.raw("null");
+  }
+  json.member("paused", channel.paused);
+  write_latency(json, channel.latency);
+  json.close('}');
+}
+
+inline std::string stats_json(const Stats& stats, const StatsQuery& query, bool topic_known) {
+  JsonWriter json;
+  json.open('{').member("version", kProtocolVersion).member("health", stats.health).member("start_time", stats.start_time).key("topics");
+  if (topic_known) {
+    json.open('[');
+    for (const TopicStats& topic : stats.topics) {
+      json.open('{').member("topic_name", topic.name).key("channels").open('[');
+      for (const ChannelStats& channel : topic.channels) write_channel(json, channel, query);
+      json.close(']').member("depth", topic.depth).member("backend_depth", topic.backend_depth);
+      json.member("message_count", topic.message_count).member("message_bytes", topic.message_bytes).member("paused", topic.paused);
+      write_latency(json, topic.latency);
+      json.close('}');
+    }
+    json.close(']');
+  } else {
+    json.raw("null");
+  }
+  if (query.include_memory) {
+    json.key("memory").open('{');
+    for (const auto& [name, figure] : memory_figures()) json.member(name, figure);
+    json.close('}');
+  }
+  json.key("producers");
+  if (stats.producers.empty()) return json.raw("null").close('}').out;
+  json.open('[');
+  for (const ClientStats& client : stats.producers) write_client(json, client, query);
+  return json.close(']').close('}').out;
+}
+
+inline std::string build_text() {
+#if defined(__clang__)
+  return text("nsqd v", kProtocolVersion, " (nsqd.hpp ", kVersion, ", built w/clang++ ", __clang_major__, ".", __clang_minor__, ")");
+#else
+  return text("nsqd v", kProtocolVersion, " (nsqd.hpp ", kVersion, ", built w/g++ ", __GNUC__, ".", __GNUC_MINOR__, ")");
+#endif
+}
+
+template <typename Value>
+std::string padded(const Value& value, size_t width) {
+  std::string shown = text(value);
+  if (shown.size() < width) shown.append(width - shown.size(), ' ');
+  return shown;
+}
+
+inline std::string latency_text(const LatencyStats& latency) {
+  std::string shown;
+  for (const auto& [quantile, value] : latency.percentiles) {
+    static constexpr std::array<std::pair<int64_t, std::string_view>, 4> kUnits = {{{kSecond, "s"}, {kMillisecond, "ms"}, {kMicrosecond, "us"}, {1, "ns"}}};
+    const auto unit = *std::find_if(kUnits.begin(), kUnits.end() - 1, [v = value](const auto& u) { return v > u.first; });
+    std::array<char, 40> number{};
+    std::snprintf(number.data(), number.size(), "%.1f", static_cast<double>(value) / static_cast<double>(unit.first));
+    shown += text(shown.empty() ? "" : ", ", number.data(), unit.second);
+  }
+  return shown;
+}
+
+inline std::string client_text(const ClientStats& client) {
+  const size_t colon = client.remote_address.rfind(':');
+  const std::string port = colon == std::string::npos ? "" : client.remote_address.substr(colon + 1);
+  const std::string name = text(client.hostname, ":", port, client.user_agent.empty() ? "" : " ", client.user_agent);
+  const std::string connected = duration_text(client.connected_for / kSecond * kSecond);
+  if (client.pub_counts.empty())
+    return text("[V2 ", padded(name, 21), "] state: ", client.state, " inflt: ", padded(client.in_flight_count, 4), " rdy: ", padded(client.ready_count, 4),
+                " fin: ", padded(client.finish_count, 8), " re-q: ", padded(client.requeue_count, 8), " msgs: ", padded(client.message_count, 8), " connected: ", connected, "\n");
+  uint64_t total = 0;
+  std::string topics;
+  for (const auto& [topic, count] : client.pub_counts) {
+    total += count;
+    topics += text(topics.empty() ? "" : ",", topic, "=", count);
+  }
+  return text("[V2 ", padded(name, 21), "] msgs: ", padded(total, 8), " topics: ", topics, " connected: ", connected, "\n");
+}
+
+inline std::string stats_text(const Stats& stats, const StatsQuery& query, const Now& now, int64_t started_wall) {
+  const time_t started = static_cast<time_t>(stats.start_time);
+  tm local{};
+  ::localtime_r(&started, &local);
+  std::array<char, 48> stamp{};
+  std::strftime(stamp.data(), stamp.size(), "%Y-%m-%dT%H:%M:%S%z", &local);
+  std::string zone(stamp.data());
+  if (ends_with(zone, "+0000")) zone.replace(zone.size() - 5, 5, "Z");
+  else zone.insert(zone.size() - 2, ":");
+  std::string out = text(build_text(), "\nstart_time ", zone, "\nuptime ", duration_text(std::max<int64_t>(0, now.wall - started_wall)), "\n\nHealth: ", stats.health, "\n");
+  if (query.include_memory) {
+    out += "\nMemory:\n";
+    for (const auto& [name, figure] : memory_figures()) out += text("   ", padded(name, 25), "\t", figure, "\n");
+  }
+  out += stats.topics.empty() ? "\nTopics: None\n" : "\nTopics:";
+  for (const TopicStats& topic : stats.topics) {
+    out += text("\n", topic.paused ? "*P " : "   ", "[", padded(topic.name, 15), "] depth: ", padded(topic.depth, 5), " be-depth: ", padded(topic.backend_depth, 5),
+                " msgs: ", padded(topic.message_count, 8), " e2e%: ", latency_text(topic.latency), "\n");
+    for (const ChannelStats& channel : topic.channels) {
+      out += text(channel.paused ? "   *P " : "      ", "[", padded(channel.name, 25), "] depth: ", padded(channel.depth, 5), " be-depth: ", padded(channel.backend_depth, 5),
+                  " inflt: ", padded(channel.in_flight_count, 4), " def: ", padded(channel.deferred_count, 4), " re-q: ", padded(channel.requeue_count, 5),
+                  " timeout: ", padded(channel.timeout_count, 5), " msgs: ", padded(channel.message_count, 8), " e2e%: ", latency_text(channel.latency), "\n");
+      for (const ClientStats& client : channel.clients) out += "        " + client_text(client);
+    }
+  }
+  out += stats.producers.empty() ? "\nProducers: None\n" : "\nProducers:\n";
+  for (const ClientStats& client : stats.producers) out += "   " + client_text(client);
+  return out;
+}
+
+/// The metrics of one push, and what the next one has to subtract.
+class StatsdFeed {
+ public:
+  /// Packets of whole lines, none longer than `packet_size` unless a single line is.
+  std::vector<std::string> packets(const Stats& stats, const Options& options, const std::string& prefix) {
+    lines_.clear();
+    prefix_ = prefix;
+    std::map<std::string, uint64_t> counters;
+    for (const TopicStats& topic : stats.topics) {
+      if (options.statsd_exclude_ephemeral && is_ephemeral(topic.name)) continue;
+      const std::string name = text("topic.", topic.name, ".");
+      counter(name + "message_count", topic.message_count, counters);
+      counter(name + "message_bytes", topic.message_bytes, counters);
+      gauges(name, {{"depth", topic.depth}, {"backend_depth", topic.backend_depth}}, topic.latency);
+      for (const ChannelStats& channel : topic.channels) {
+        if (options.statsd_exclude_ephemeral && is_ephemeral(channel.name)) continue;
+        const std::string of = text(name, "channel.", channel.name, ".");
+        counter(of + "message_count", channel.message_count, counters);
+        counter(of + "requeue_count", channel.requeue_count, counters);
+        counter(of + "timeout_count", channel.timeout_count, counters);
+        gauges(of, {{"depth", channel.depth}, {"backend_depth", channel.backend_depth}, {"in_flight_count", channel.in_flight_count},
+                    {"deferred_count", channel.deferred_count}, {"clients", channel.client_count}}, channel.latency);
+      }
+    }
+    if (options.statsd_mem_stats)
+      for (const auto& [name, figure] : memory_figures())
+        if (name != "gc_total_runs") gauges("mem.", {{name, figure}}, {});
+    if (options.statsd_mem_stats) counter("mem.gc_runs", 0, counters);
+    last_ = std::move(counters);
+    return packed(static_cast<size_t>(std::max<int64_t>(options.statsd_udp_packet_size, 1)));
+  }
+
+ private:
+  void counter(const std::string& name, uint64_t value, std::map<std::string, uint64_t>& counters) {
+    counters[name] = value;
+    const auto before = last_.find(name);
+    lines_.push_back(text(prefix_, name, ":", static_cast<int64_t>(value - (before == last_.end() ? 0 : before->second)), "|c\n"));
+  }
+  void gauges(const std::string& of, const std::vector<std::pair<std::string, int64_t>>& values, const LatencyStats& latency) {
+    for (const auto& [name, value] : values) lines_.push_back(text(prefix_, of, name, ":", value, "|g\n"));
+    for (const auto& [quantile, value] : latency.percentiles)
+      lines_.push_back(text(prefix_, of, "e2e_processing_latency_", static_cast<int64_t>(std::lround(quantile * 100)), ":", value, "|g\n"));
+  }
+  std::vector<std::string> packed(size_t packet_size) const {
+    std::vector<std::string> packets;
+    for (const std::string& line : lines_) {
+      if (packets.empty() || packets.back().size() + line.size() > packet_size) packets.emplace_back();
+      packets.back() += line;
+    }
+    return packets;
+  }
+  std::string prefix_;
+  std::vector<std::string> lines_;
+  std::map<std::string, uint64_t> last_;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// [11] HTTP
+//
+// A server for HTTP/1.1 and 1.0: keep-alive, pipelining, chunked bodies, Expect: 100-continue; then nsqd's endpoints, one
+// handler each, found in one table.
+// Always: requests are answered in their order; nothing of a request is acted on before all of it has arrived.
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct HttpHeaders {
+  std::vector<std::pair<std::string, std::string>> list;
+
+  const std::string* find(std::string_view name) const {
+    for (const auto& [key, value] : list)
+      if (same_word(key, name)) return &value;
+    return nullptr;
+  }
+  /// Whether a header is a list that has this word in it.
+  bool has(std::string_view name, std::string_view wanted) const {
+    for (const auto& [key, value] : list) {
+      if (!same_word(key, name)) continue;
+      for (std::string_view rest = value; !rest.empty();) {
+        const size_t comma = rest.find(',');
+        if (same_word(trimmed(rest.substr(0, comma)), wanted)) return true;
+        rest = comma == rest.npos ? std::string_view() : rest.substr(comma + 1);
+      }
+    }
+    return false;
+  }
+  /// Takes the lines behind the first one; false where one is not a header.
+  bool parse(std::string_view lines) {
+    while (!lines.empty()) {
+      std::string_view line = lines.substr(0, lines.find('\n'));
+      lines.remove_prefix(std::min(lines.size(), line.size() + 1));
+      if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
+      if (line.empty()) continue;
+      const size_t colon = line.find(':');
+      if (colon == line.npos || colon == 0 || line.substr(0, colon).find_first_of(" \t\"(),/;<=>?@[\\]{}") != line.npos) return false;
+      list.emplace_back(line.substr(0, colon), trimmed(line.substr(colon + 1)));
+    }
+    return true;
+  }
+};
+
+/// Joins the chunks of a body, as they arrive.
+struct ChunkDecoder {
+  enum class Result { kMore, kDone, kBad };
+  std::string body = {};
+  size_t left = 0;       // of the chunk at hand, with its line end
+  bool trailer = false;  // the last chunk was seen
+
+  Result feed(std::string_view input, size_t& used, size_t most) {
+    for (used = 0;;) {
+      const std::string_view rest = input.substr(used);
+      if (left > 2) {
+        const size_t size = std::min(rest.size(), left - 2);
+        body.append(rest.data(), size);
+        used += size;
+        left -= size;
+        if (left > 2) return Result::kMore;
+        continue;
+      }
+      const size_t end = rest.find('\n');
+      if (end == rest.npos) return rest.size() > 4096 ? Result::kBad : Result::kMore;
+      const std::string_view line = trimmed(rest.substr(0, end));
+      used += end + 1;
+      if (trailer) {
+        if (line.empty()) return Result::kDone;
+      } else if (left > 0) {
+        if (!line.empty()) return Result::kBad;
+        left = 0;
+      } else if (!begin_chunk(line, most)) {
+        return Result::kBad;
+      }
+    }
+  }
+
+ private:
+  bool begin_chunk(std::string_view line, size_t most) {
+    const std::string_view digits = trimmed(line.substr(0, line.find(';')));
+    if (digits.empty() || digits.size() > 8) return false;
+    size_t size = 0;
+    for (char c : digits) {
+      const size_t digit = std::string_view("0123456789abcdef").find(lower(c));
+      if (digit == std::string_view::npos) return false;
+      size = size * 16 + digit;
+    }
+    if (body.size() + size > most) return false;
+    if (size == 0) trailer = true;
+    else left = size + 2;
+    return true;
+  }
+};
+
+struct HttpRequest {
+  std::string method, path, raw_path, query;
+  int minor = 1;  // of HTTP/1.x
+  HttpHeaders headers;
+  std::string body;
+  bool keep_alive = true;
+  std::map<std::string, std::string> parameters;  // the first of each name
+  bool query_valid = true;
+
+  const std::string* parameter(const std::string& name) const {
+    const auto found = parameters.find(name);
+    return found == parameters.end() ? nullptr : &found->second;
+  }
+};
+
+struct HttpResponse {
+  int status = 200;
+  std::string body = {};
+  std::string_view type = {};  // empty: no Content-Type
+  std::string extra = {};      // whole header lines
+  bool nsq_header = true;
+
+  static HttpResponse plain(std::string_view body) { return {200, std::string(body), body.empty() ? std::string_view() : kText}; }
+  static HttpResponse json(std::string body) { return {200, std::move(body), kJson}; }
+  static HttpResponse error(int status, std::string_view word) { return {status, text("{\"message\":\"", word, "\"}"), kJson}; }
+  static constexpr std::string_view kText = "text/plain; charset=utf-8", kJson = "application/json; charset=utf-8";
+};
+
+inline std::string_view status_text(int status) {
+  static constexpr std::array<std::pair<int, std::string_view>, 15> kTexts = {{{100, "Continue"}, {200, "OK"}, {301, "Moved Permanently"}, {307, "Temporary Redirect"},
+      {400, "Bad Request"}, {403, "Forbidden"}, {404, "Not Found"}, {405, "Method Not Allowed"}, {408, "Request Timeout"}, {413, "Request Entity Too Large"},
+      {431, "Request Header Fields Too Large"}, {500, "Internal Server Error"}, {501, "Not Implemented"}, {503, "Service Unavailable"}, {505, "HTTP Version Not Supported"}}};
+  for (const auto& [code, words] : kTexts)
+    if (code == status) return words;
+  return "Error";
+}
+
+/// Undoes percent-encoding; in a query, + is a blank. Nothing where an escape is broken.
+inline std::optional<std::string> percent_decoded(std::string_view encoded, bool in_query) {
+  std::string out;
+  for (size_t i = 0; i < encoded.size(); ++i) {
+    if (encoded[i] == '%') {
+      if (encoded.size() - i < 3) return std::nullopt;
+      const size_t high = std::string_view("0123456789abcdef").find(lower(encoded[i + 1])), low = std::string_view("0123456789abcdef").find(lower(encoded[i + 2]));
+      if (high == std::string_view::npos || low == std::string_view::npos) return std::nullopt;
+      out += static_cast<char>(high * 16 + low);
+      i += 2;
+    } else {
+      out += in_query && encoded[i] == '+' ? ' ' : encoded[i];
+    }
+  }
+  return out;
+}
+
+inline std::string percent_encoded(std::string_view plain) {
+  std::string out;
+  for (char c : plain) {
+    const bool safe = (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '-' || c == '_' || c == '.' || c == '~';
+    if (safe) out += c;
+    else out += hex_escape("%", static_cast<uint8_t>(c), 2);
+  }
+  return out;
+}
+
+/// A setting as GET /config shows it, and the change of one; defined with the table of flags in [15].
+struct ShownOption {
+  std::string value;
+  bool json = true;
+};
+inline std::optional<ShownOption> show_option(const Options& options, std::string_view key);
+inline std::optional<Level> parse_level(std::string_view word);
+
+class HttpSession : public Session {
+ public:
+  HttpSession(Host& host, Options& options, Logger& logger, std::string address, std::function<std::pair<int, int>()> ports);
+  size_t feed(std::string_view input) override;
+  void ended(std::string_view) override { port.closing = true; }
+
+ private:
+  using Answer = std::optional<HttpResponse>;  // nothing: parked, to be asked again
+  struct Route {
+    std::string_view path, method;
+    Answer (HttpSession::*run)();
+  };
+  static constexpr size_t kLargestHead = (size_t{1} << 20) + 4096;  // as Go's net/http
+  static constexpr int64_t kPatience = 60 * kSecond;  // for a whole request: two default heartbeats of the other protocol
+
+  size_t take_head(std::string_view input);
+  size_t take_body(std::string_view input);
+  int parse_head(std::string_view head);
+  int parse_request_line(std::string_view line);
+  void parse_query();
+  int body_length();
+  bool refuse_by_length();
+  void answer();
+  Answer route();
+  Answer redirect() const;
+  bool forged() const;
+  void send(const HttpResponse& response);
+  void refuse(int status);
+
+  Answer check_topic(std::string_view invalid, bool must_exist);
+  Answer check_channel(bool must_exist);
+  Answer create_wanted_topic();
+  Answer ping();
+  Answer info();
+  Answer show_stats();
+  Answer pub();
+  Answer mpub();
+  Answer mpub_binary(std::vector<std::string_view>& bodies) const;
+  Answer topic_create();
+  Answer topic_delete();
+  Answer topic_empty();
+  Answer topic_pause();
+  Answer channel_create();
+  Answer channel_delete();
+  Answer channel_empty();
+  Answer channel_pause();
+  Answer config_get();
+  Answer config_put();
+  static const std::vector<Route>& routes();
+
+  Host& host_;
+  Broker& broker_;
+  Options& options_;
+  Logger& logger_;
+  std::string address_;
+  std::function<std::pair<int, int>()> ports_;  // TCP and HTTP, as listened on
+  enum class Stage { kHead, kBody } stage_ = Stage::kHead;
+  size_t searched_ = 0;  // of a head that has not arrived whole, up to where its end was looked for
+  HttpRequest request_;
+  size_t length_ = 0;
+  bool chunked_ = false, complete_ = false;
+  ChunkDecoder chunks_;
+  Topic* topic_ = nullptr;      // what check_topic and check_channel have found
+  Channel* channel_ = nullptr;
+  Timer timer_;
+};
+
+inline HttpSession::HttpSession(Host& host, Options& options, Logger& logger, std::string address, std::function<std::pair<int, int>()> ports)
+    : host_(host), broker_(host.broker), options_(options), logger_(logger), address_(std::move(address)), ports_(std::move(ports)),
+      timer_(broker_.timers, [this] { port.dropped = true, port.attend(); }) {
+  port.session = this;
+  timer_.set(broker_.now.steady + kPatience);
+}
+
+inline size_t HttpSession::feed(std::string_view input) {
+  size_t used = 0;
+  while (!parked && !port.closing) {
+    if (stage_ == Stage::kBody) {
+      used += take_body(input.substr(used));
+      if (stage_ == Stage::kBody) break;
+    } else {
+      const size_t size = used < input.size() ? take_head(input.substr(used)) : 0;
+      if (size == 0) break;
+      used += size;
+    }
+  }
+  const bool idle = stage_ == Stage::kHead && used == input.size();  // it may stay so for as long as the client likes
+  if (idle || parked) timer_.set(kNever);
+  else if (timer_.due() == kNever) timer_.set(broker_.now.steady + kPatience);
+  return used;
+}
+
+inline size_t HttpSession::take_head(std::string_view input) {
+  if (searched_ == 0 && (input[0] == '\r' || input[0] == '\n')) return 1;  // RFC 9112: an empty line before a request
+  size_t end = std::string_view::npos, at = searched_;
+  while ((at = input.find('\n', at)) != input.npos) {  // the head ends with an empty line
+    const std::string_view after = input.substr(++at);
+    if (!after.empty() && after[0] == '\n') end = at + 1;
+    else if (after.substr(0, 2) == "\r\n") end = at + 2;
+    if (end != input.npos) break;
+  }
+  if (end == input.npos && input.size() <= kLargestHead) {
+    searched_ = input.size() - std::min<size_t>(input.size(), 3);
+    return 0;
+  }
+  searched_ = 0;
+  if (end == input.npos || end > kLargestHead) return refuse(431), input.size();
+  request_ = HttpRequest();
+  chunks_ = ChunkDecoder();
+  complete_ = false;
+  if (const int wrong = parse_head(input.substr(0, end))) return refuse(wrong), end;
+  if (refuse_by_length()) return end;
+  stage_ = Stage::kBody;
+  if (request_.headers.has("Expect", "100-continue") && request_.minor > 0 && (chunked_ || length_ > 0)) port.out.append("HTTP/1.1 100 Continue\r\n\r\n"), port.attend();
+  return end;
+}
+
+/// Reads request line and headers; the status of the refusal where they are wrong, else 0.
+inline int HttpSession::parse_head(std::string_view head) {
+  const size_t line_end = head.find('\n');
+  if (const int wrong = parse_request_line(trimmed(head.substr(0, line_end)))) return wrong;
+  HttpHeaders& headers = request_.headers;
+  if (!headers.parse(head.substr(line_end + 1))) return 400;
+  const auto hosts = std::count_if(headers.list.begin(), headers.list.end(), [](const auto& header) { return same_word(header.first, "Host"); });
+  if (hosts > 1 || (hosts == 0 && request_.minor > 0)) return 400;
+  request_.keep_alive = request_.minor > 0 ? !headers.has("Connection", "close") : headers.has("Connection", "keep-alive");
+  parse_query();
+  return body_length();
+}
+
+inline int HttpSession::parse_request_line(std::string_view line) {
+  const size_t first = line.find(' '), last = line.rfind(' ');
+  if (first == line.npos || first == last || line.find(' ', first + 1) != last) return 400;
+  const std::string_view version = line.substr(last + 1);
+  if (version.substr(0, 5) != "HTTP/" || version.size() != 8 || version[6] != '.' || !decimal(version.substr(5, 1)) || !decimal(version.substr(7))) return 400;
+  if (version[5] != '1') return 505;
+  request_.minor = version[7] - '0';
+  request_.method = line.substr(0, first);
+  std::string_view target = line.substr(first + 1, last - first - 1);
+  if (target.substr(0, 7) == "http://") {
+    const size_t slash = target.find('/', 7);
+    target = slash == target.npos ? "/" : target.substr(slash);
+  }
+  if (target.empty() || (target[0] != '/' && target != "*")) return 400;
+  const size_t question = target.find('?');
+  request_.raw_path = target.substr(0, question);
+  if (question != target.npos) request_.query = target.substr(question + 1);
+  const auto path = percent_decoded(request_.raw_path, false);
+  if (!path) return 400;
+  request_.path = *path;
+  return 0;
+}
+
+inline void HttpSession::parse_query() {
+  for (std::string_view rest = request_.query; !rest.empty();) {
+    const std::string_view pair = rest.substr(0, rest.find('&'));
+    rest.remove_prefix(std::min(rest.size(), pair.size() + 1));
+    if (pair.empty()) continue;
+    const size_t equals = pair.find('=');
+    const auto name = percent_decoded(pair.substr(0, equals), true);
+    const auto value = percent_decoded(equals == pair.npos ? std::string_view() : pair.substr(equals + 1), true);
+    if (!name || !value || pair.find(';') != pair.npos) request_.query_valid = false;
+    else request_.parameters.emplace(*name, *value);
+  }
+}
+
+inline int HttpSession::body_length() {
+  chunked_ = false;
+  length_ = 0;
+  const std::string* coding = request_.headers.find("Transfer-Encoding");
+  std::optional<int64_t> length;
+  for (const auto& [name, value] : request_.headers.list) {
+    if (!same_word(name, "Content-Length")) continue;
+    const auto parsed = decimal(value);
+    if (!parsed || (length && *length != *parsed)) return 400;
+    length = parsed;
+  }
+  if (coding != nullptr) {  // a length beside it is how requests are smuggled: never guess
+    if (length) return 400;
+    if (!same_word(*coding, "chunked")) return 501;
+    chunked_ = true;
+  }
+  length_ = static_cast<size_t>(length.value_or(0));
+  return 0;
+}
+
+/// A body that is too large by its own account is not waited for.
+inline bool HttpSession::refuse_by_length() {
+  const auto message = static_cast<size_t>(options_.max_msg_size), body = static_cast<size_t>(options_.max_body_size);
+  std::string_view word;
+  if (request_.path == "/pub" && length_ > message) word = "MSG_TOO_BIG";
+  else if (request_.path == "/mpub" && length_ > body) word = "BODY_TOO_BIG";
+  else if (request_.path.compare(0, 8, "/config/") == 0 && length_ > message) word = "INVALID_VALUE";
+  else if (length_ > std::max(message, body)) word = "BODY_TOO_BIG";
+  if (word.empty() || request_.method == "GET") return false;
+  request_.keep_alive = false;
+  send(HttpResponse::error(413, word));
+  return true;
+}
+
+inline size_t HttpSession::take_body(std::string_view input) {
+  size_t used = 0;
+  if (chunked_ && !complete_) {
+    const auto most = static_cast<size_t>(std::max(options_.max_msg_size, options_.max_body_size)) + 1;
+    const auto result = chunks_.feed(input, used, most);
+    if (result == ChunkDecoder::Result::kBad) return refuse(400), used;
+    if (result == ChunkDecoder::Result::kMore) return used;
+    request_.body = std::move(chunks_.body);
+  } else if (!chunked_) {
+    used = std::min(input.size(), length_ - request_.body.size());
+    request_.body.append(input.data(), used);
+    if (request_.body.size() < length_) return used;
+  }
+  complete_ = true;
+  answer();
+  return used;
+}
+
+inline void HttpSession::answer() {
+  const int64_t begun = broker_.now.steady;
+  const Answer response = route();
+  if (!response) return;  // parked: its body is complete, so feed will come back here
+  if (request_.path != "/pub" && request_.path != "/mpub")
+    logger_.say(Level::kInfo, response->status, " ", request_.method, " ", request_.raw_path, request_.query.empty() ? "" : "?", request_.query, " (", address_, ") ", duration_text(broker_.now.steady - begun));
+  send(*response);
+  stage_ = Stage::kHead;
+}
+
+inline void HttpSession::send(const HttpResponse& response) {
+  std::array<char, 40> date{};
+  const time_t now = static_cast<time_t>(broker_.now.wall / kSecond);
+  tm utc{};
+  ::gmtime_r(&now, &utc);
+  std::strftime(date.data(), date.size(), "%a, %d %b %Y %H:%M:%S GMT", &utc);
+  std::string head = text("HTTP/1.1 ", response.status, " ", status_text(response.status), "\r\nDate: ", date.data(), "\r\n", response.extra);
+  if (!response.type.empty()) head += text("Content-Type: ", response.type, "\r\n");
+  if (response.nsq_header) head += "X-Nsq-Content-Type: nsq; version=1.0\r\n";
+  if (!request_.keep_alive) head += "Connection: close\r\n";
+  else if (request_.minor == 0) head += "Connection: keep-alive\r\n";
+  port.out.append(text(head, "Content-Length: ", response.body.size(), "\r\n\r\n"));
+  if (request_.method != "HEAD") port.out.append(response.body);
+  if (!request_.keep_alive) port.closing = true;
+  port.attend();
+}
+
+inline void HttpSession::refuse(int status) {
+  request_.keep_alive = false;
+  request_.method.clear();
+  send({status, text(status, " ", status_text(status)), HttpResponse::kText, {}, false});
+}
+
+inline const std::vector<HttpSession::Route>& HttpSession::routes() {
+  static const std::vector<Route> kRoutes = {
+      {"/pub", "POST", &HttpSession::pub},
+      {"/mpub", "POST", &HttpSession::mpub},
+      {"/ping", "GET", &HttpSession::ping},
+      {"/info", "GET", &HttpSession::info},
+      {"/stats", "GET", &HttpSession::show_stats},
+      {"/topic/create", "POST", &HttpSession::topic_create},
+      {"/topic/delete", "POST", &HttpSession::topic_delete},
+      {"/topic/empty", "POST", &HttpSession::topic_empty},
+      {"/topic/pause", "POST", &HttpSession::topic_pause},
+      {"/topic/unpause", "POST", &HttpSession::topic_pause},
+      {"/channel/create", "POST", &HttpSession::channel_create},
+      {"/channel/delete", "POST", &HttpSession::channel_delete},
+      {"/channel/empty", "POST", &HttpSession::channel_empty},
+      {"/channel/pause", "POST", &HttpSession::channel_pause},
+      {"/channel/unpause", "POST", &HttpSession::channel_pause},
+      {"/config/:key", "GET", &HttpSession::config_get},
+      {"/config/:key", "PUT", &HttpSession::config_put},
+  };
+  return kRoutes;
+}
+
+inline HttpSession::Answer HttpSession::route() {
+  const std::string& path = request_.path;
+  const bool config = path.compare(0, 8, "/config/") == 0 && path.size() > 8 && path.find('/', 8) == path.npos;
+  const std::string_view known = config ? "/config/:key" : std::string_view(path);
+  std::vector<std::string_view> methods;
+  for (const Route& candidate : routes()) {
+    if (candidate.path != known) continue;
+    if (candidate.method == request_.method) {
+      if (candidate.method != "GET" && forged()) return HttpResponse::error(403, "CROSS_SITE_REQUEST");
+      return (this->*candidate.run)();
+    }
+    methods.push_back(candidate.method);
+  }
+  if (request_.path == "*" && request_.method == "OPTIONS") return HttpResponse{200, {}, {}, {}, false};
+  if (methods.empty()) {
+    if (Answer elsewhere = redirect()) return elsewhere;
+    return HttpResponse::error(404, "NOT_FOUND");
+  }
+  methods.push_back("OPTIONS");
+  std::sort(methods.begin(), methods.end());
+  std::string allow = "Allow: ";
+  for (std::string_view method : methods) allow += text(method == methods.front() ? "" : ", ", method);
+  allow += "\r\n";
+  if (request_.method == "OPTIONS") return HttpResponse{200, {}, {}, allow, false};
+  HttpResponse refused = HttpResponse::error(405, "METHOD_NOT_ALLOWED");
+  refused.extra = allow;
+  return refused;
+}
+
+/// Where a path that is wrong only by slashes, dots or letter case leads.
+inline HttpSession::Answer HttpSession::redirect() const {
+  std::vector<std::string> parts;
+  for (std::string_view rest = request_.path; !rest.empty();) {
+    const std::string_view part = rest.substr(0, rest.find('/'));
+    rest.remove_prefix(std::min(rest.size(), part.size() + 1));
+    if (part == ".." && !parts.empty()) parts.pop_back();
+    else if (!part.empty() && part != "." && part != "..") parts.push_back(lower(part));
+  }
+  std::string path;
+  for (const std::string& part : parts) path += "/" + part;
+  const bool config = parts.size() == 2 && parts[0] == "config";
+  const bool known = std::any_of(routes().begin(), routes().end(), [&](const Route& route) { return route.path == (config ? "/config/:key" : path); });
+  if (!known || path == request_.path) return std::nullopt;
+  if (!request_.query.empty()) path += "?" + request_.query;
+  return HttpResponse{request_.method == "GET" ? 301 : 307, {}, {}, text("Location: ", path, "\r\n"), false};
+}
+
+/// Whether a browser sends this on behalf of a page of another site. Programs that are no browsers send neither header.
+inline bool HttpSession::forged() const {
+  const std::string *origin = request_.headers.find("Origin"), *site = request_.headers.find("Sec-Fetch-Site"), *host = request_.headers.find("Host");
+  if (origin == nullptr && site == nullptr) return false;
+  if (site != nullptr && *site != "same-origin" && *site != "none") return true;
+  if (host == nullptr || (origin != nullptr && !same_word(*origin, "http://" + *host))) return true;
+  std::string name = lower(host->substr(0, host->rfind(':') == std::string::npos || host->back() == ']' ? std::string::npos : host->rfind(':')));
+  if (name.size() > 2 && name.front() == '[') return false;  // an address: no name that could have been rebound
+  std::array<char, 16> address{};
+  if (::inet_pton(AF_INET, name.c_str(), address.data()) == 1) return false;
+  return name != "localhost" && !ends_with(name, ".localhost") && name != lower(host_name()) && name != lower(options_.broadcast_address);
+}
+
+inline HttpSession::Answer HttpSession::check_topic(std::string_view invalid, bool must_exist) {
+  if (!request_.query_valid) return HttpResponse::error(400, "INVALID_REQUEST");
+  const std::string* name = request_.parameter("topic");
+  if (name == nullptr) return HttpResponse::error(400, "MISSING_ARG_TOPIC");
+  if (!invalid.empty() && !valid_name(*name)) return HttpResponse::error(400, invalid);
+  topic_ = broker_.find(*name);
+  if (must_exist && topic_ == nullptr) return HttpResponse::error(404, "TOPIC_NOT_FOUND");
+  return std::nullopt;
+}
+
+inline HttpSession::Answer HttpSession::check_channel(bool must_exist) {
+  if (Answer wrong = check_topic("INVALID_ARG_TOPIC", false)) return wrong;
+  const std::string* name = request_.parameter("channel");
+  if (name == nullptr) return HttpResponse::error(400, "MISSING_ARG_CHANNEL");
+  if (!valid_name(*name)) return HttpResponse::error(400, "INVALID_ARG_CHANNEL");
+  if (topic_ == nullptr) return HttpResponse::error(404, "TOPIC_NOT_FOUND");
+  channel_ = topic_->find(*name);
+  if (must_exist && channel_ == nullptr) return HttpResponse::error(404, "CHANNEL_NOT_FOUND");
+  return std::nullopt;
+}
+
+/// Makes the topic that the request names, if need be; parked when nsqlookupd has to be asked first.
+inline HttpSession::Answer HttpSession::create_wanted_topic() {
+  if (Answer wrong = check_topic("INVALID_TOPIC", false)) return wrong;
+  const std::string& name = *request_.parameter("topic");
+  if (topic_ == nullptr && host_.look_up(name, *this)) return std::nullopt;
+  topic_ = &broker_.topic(name);
+  return std::nullopt;
+}
+
+inline HttpSession::Answer HttpSession::ping() {
+  const std::string health = broker_.storage.health();
+  return HttpResponse{health == "OK" ? 200 : 500, health, HttpResponse::kText, {}, false};
+}
+
+inline HttpSession::Answer HttpSession::info() {
+  const auto [tcp_port, http_port] = ports_();
+  JsonWriter json;
+  json.open('{').member("version", kProtocolVersion).member("broadcast_address", options_.broadcast_address).member("hostname", host_name());
+  json.member("http_port", http_port).member("tcp_port", tcp_port).member("start_time", host_.started_wall / kSecond);
+  json.member("max_heartbeat_interval", static_cast<int64_t>(options_.max_heartbeat_interval.count())).member("max_output_buffer_size", options_.max_output_buffer_size);
+  json.member("max_output_buffer_timeout", static_cast<int64_t>(options_.max_output_buffer_timeout.count())).member("max_deflate_level", options_.max_deflate_level);
+  json.member("topology_zone", options_.topology_zone).member("topology_region", options_.topology_region).close('}');
+  return HttpResponse::json(json.out);
+}
+
+inline HttpSession::Answer HttpSession::show_stats() {
+  if (!request_.query_valid) return HttpResponse::error(400, "INVALID_REQUEST");
+  auto given = [this](const std::string& name) { return request_.parameter(name) == nullptr ? std::string() : *request_.parameter(name); };
+  auto wanted = [&](const std::string& name) { return given(name) != "false" && given(name) != "0"; };
+  const StatsQuery query{given("topic"), given("channel"), wanted("include_clients"), wanted("include_mem")};
+  const Stats shown = take_stats(host_, query);
+  if (given("format") != "json") return HttpResponse::plain(stats_text(shown, query, broker_.now, host_.started_wall));
+  return HttpResponse::json(stats_json(shown, query, query.topic.empty() || broker_.find(query.topic) != nullptr));
+}
+
+inline HttpSession::Answer HttpSession::pub() {
+  if (request_.body.size() > static_cast<size_t>(options_.max_msg_size)) return HttpResponse::error(413, "MSG_TOO_BIG");
+  if (request_.body.empty()) return HttpResponse::error(400, "MSG_EMPTY");
+  if (Answer wrong = create_wanted_topic(); wrong || parked) return wrong;
+  int64_t delay = 0;
+  if (const std::string* defer = request_.parameter("defer")) {
+    const auto ms = decimal(*defer, true);
+    if (!ms || *ms < 0 || *ms > options_.max_req_timeout.count() / kMillisecond) return HttpResponse::error(400, "INVALID_DEFER");
+    delay = *ms * kMillisecond;
+  }
+  const std::string_view body = request_.body;
+  return topic_->publish(&body, 1, delay).ok() ? HttpResponse::plain("OK") : HttpResponse::error(503, "EXITING");
+}
+
+inline HttpSession::Answer HttpSession::mpub() {
+  if (Answer wrong = create_wanted_topic(); wrong || parked) return wrong;
+  std::vector<std::string_view> bodies;
+  const std::string* binary = request_.parameter("binary");
+  if (binary != nullptr && *binary != "false" && *binary != "0") {
+    if (*binary != "true" && *binary != "1") logger_.say(Level::kWarning, "deprecated value '", *binary, "' used for /mpub binary param");
+    if (Answer wrong = mpub_binary(bodies)) return wrong;
+  } else {
+    if (request_.body.size() > static_cast<size_t>(options_.max_body_size)) return HttpResponse::error(413, "BODY_TOO_BIG");
+    for (std::string_view rest = request_.body; !rest.empty();) {
+      const std::string_view line = rest.substr(0, rest.find('\n'));
+      rest.remove_prefix(std::min(rest.size(), line.size() + 1));
+      if (line.size() > static_cast<size_t>(options_.max_msg_size)) return HttpResponse::error(413, "MSG_TOO_BIG");
+      if (!line.empty()) bodies.push_back(line);
+    }
+  }
+  return topic_->publish(bodies.data(), bodies.size(), 0).ok() ? HttpResponse::plain("OK") : HttpResponse::error(503, "EXITING");
+}
+
+/// count { size body }*; every error is a 413, as with nsqd.
+inline HttpSession::Answer HttpSession::mpub_binary(std::vector<std::string_view>& bodies) const {
+  const std::string_view body = request_.body;
+  if (body.size() < 4) return HttpResponse::error(413, "BAD_BODY");
+  const auto count = static_cast<int32_t>(get_be<uint32_t>(body.data()));
+  if (count <= 0 || count > (options_.max_body_size - 4) / 5) return HttpResponse::error(413, "BAD_BODY");
+  size_t at = 4;
+  for (int32_t i = 0; i < count; ++i) {
+    if (body.size() - at < 4) return HttpResponse::error(413, "BAD_MESSAGE");
+    const auto size = static_cast<int32_t>(get_be<uint32_t>(body.data() + at));
+    at += 4;
+    if (size <= 0 || size > options_.max_msg_size || body.size() - at < static_cast<size_t>(size)) return HttpResponse::error(413, "BAD_MESSAGE");
+    bodies.push_back(body.substr(at, static_cast<size_t>(size)));
+    at += static_cast<size_t>(size);
+  }
+  return std::nullopt;
+}
+
+inline HttpSession::Answer HttpSession::topic_create() {
+  if (Answer wrong = create_wanted_topic(); wrong || parked) return wrong;
+  return HttpResponse();
+}
+
+inline HttpSession::Answer HttpSession::topic_delete() {
+  if (Answer wrong = check_topic({}, true)) return wrong;
+  broker_.delete_topic(*topic_);
+  return HttpResponse();
+}
+
+inline HttpSession::Answer HttpSession::topic_empty() {
+  if (Answer wrong = check_topic("INVALID_TOPIC", true)) return wrong;
+  topic_->empty();
+  return HttpResponse();
+}
+
+inline HttpSession::Answer HttpSession::topic_pause() {
+  if (Answer wrong = check_topic({}, true)) return wrong;
+  topic_->pause(request_.path == "/topic/pause");
+  return HttpResponse();
+}
+
+inline HttpSession::Answer HttpSession::channel_create() {
+  if (Answer wrong = check_channel(false)) return wrong;
+  Status status;
+  return topic_->channel(*request_.parameter("channel"), status) != nullptr ? HttpResponse() : HttpResponse::error(500, "INTERNAL_ERROR");
+}
+
+inline HttpSession::Answer HttpSession::channel_delete() {
+  if (Answer wrong = check_channel(true)) return wrong;
+  topic_->delete_channel(*channel_);
+  return HttpResponse();
+}
+
+inline HttpSession::Answer HttpSession::channel_empty() {
+  if (Answer wrong = check_channel(true)) return wrong;
+  channel_->empty();
+  return HttpResponse();
+}
+
+inline HttpSession::Answer HttpSession::channel_pause() {
+  if (Answer wrong = check_channel(true)) return wrong;
+  channel_->pause(request_.path == "/channel/pause");
+  return HttpResponse();
+}
+
+inline HttpSession::Answer HttpSession::config_get() {
+  const auto shown = show_option(options_, std::string_view(request_.path).substr(8));
+  if (!shown) return HttpResponse::error(400, "INVALID_OPTION");
+  return shown->json ? HttpResponse::json(shown->value) : HttpResponse::plain(shown->value);
+}
+
+inline HttpSession::Answer HttpSession::config_put() {
+  const std::string_view key = std::string_view(request_.path).substr(8);
+  if (request_.body.empty() || request_.body.size() > static_cast<size_t>(options_.max_msg_size)) return HttpResponse::error(413, "INVALID_VALUE");
+  if (key == "log_level") {
+    const auto level = parse_level(request_.body);
+    if (!level) return HttpResponse::error(400, "INVALID_VALUE");
+    options_.log_level = *level;
+    logger_.set_level(*level);
+  } else if (key == "nsqlookupd_tcp_addresses") {
+    JsonParser parser{request_.body};
+    const Json list = parser.parse();
+    const bool strings = std::all_of(list.items.begin(), list.items.end(), [](const Json& item) { return item.is(Json::Type::kString); });
+    if (!parser.error.empty() || !list.is(Json::Type::kArray) || !strings) return HttpResponse::error(400, "INVALID_VALUE");
+    std::vector<std::string> addresses;
+    for (const Json& item : list.items) addresses.push_back(item.string);
+    host_.set_lookupds(addresses);
+  } else {
+    return HttpResponse::error(400, "INVALID_OPTION");
+  }
+  return config_get();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// [12] Peers
+//
+// Servers that the daemon speaks to: nsqlookupd (over TCP, and its HTTP side) and the auth server. Each is a session like
+// those of the clients, only that we begin it.
+// Always: nobody waits for a peer but the command that needs its answer, and that no longer than the peer's time limit.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// Opens a connection for a session; its connected() or ended() is called later. Part of the loop.
+using Dial = std::function<void(const std::string& address, std::shared_ptr<Session> session)>;
+
+/// One request to an HTTP server, as "Connection: close" has it. `done` gets the status and body, or status 0 and why not.
+class HttpCall : public Session {
+ public:
+  using Done = std::function<void(int status, const std::string& body)>;
+
+  HttpCall(Broker& broker, std::string request, Done done)
+      : broker_(broker), request_(std::move(request)), done_(std::move(done)), timer_(broker.timers, [this] { finish(0, "timed out"); }) {
+    port.session = this;
+    timer_.set(saturating_add(broker.now.steady, broker.options.http_client_connect_timeout.count()));
+  }
+  /// A request for a whole URL, or for host:port and a path.
+  static std::string request_text(std::string_view method, const std::string& host, const std::string& target, const std::string& body) {
+    std::string head = text(method, " ", target, " HTTP/1.1\r\nHost: ", host, "\r\nUser-Agent: nsqd.hpp/", kVersion, "\r\nAccept: application/vnd.nsq; version=1.0\r\nConnection: close\r\n");
+    if (method == "POST") head += text("Content-Type: application/json\r\nContent-Length: ", body.size(), "\r\n");
+    return text(head, "\r\n", body);
+  }
+  void connected() override {
+    timer_.set(saturating_add(broker_.now.steady, broker_.options.http_client_request_timeout.count()));
+    port.out.append(request_);
+    port.attend();
+  }
+  size_t feed(std::string_view input) override {
+    received_ += input;
+    if (received_.size() > kLargestAnswer) finish(0, "answer too large");
+    else examine(false);
+    return input.size();
+  }
+  void ended(std::string_view rest) override {
+    received_ += rest;
+    examine(true);
+    finish(0, "connection closed");
+  }
+
+ private:
+  static constexpr size_t kLargestAnswer = size_t{4} << 20;
+
+  void examine(bool final) {
+    const size_t end = received_.find("\r\n\r\n");
+    if (end == received_.npos || received_.size() < 12) return;
+    HttpHeaders headers;
+    const auto status = decimal(std::string_view(received_).substr(9, 3));
+    const size_t line = received_.find("\r\n");
+    if (received_.compare(0, 7, "HTTP/1.") != 0 || !status || !headers.parse(std::string_view(received_).substr(line + 2, end - line))) return finish(0, "not HTTP");
+    const std::string_view body = std::string_view(received_).substr(end + 4);
+    const std::string* length = headers.find("Content-Length");
+    if (headers.has("Transfer-Encoding", "chunked")) {
+      ChunkDecoder chunks;
+      size_t used = 0;
+      const auto result = chunks.feed(body, used, kLargestAnswer);
+      if (result == ChunkDecoder::Result::kDone) finish(static_cast<int>(*status), chunks.body);
+      if (result == ChunkDecoder::Result::kBad) finish(0, "bad chunks");
+    } else if (length != nullptr) {
+      const auto size = decimal(*length);
+      if (!size) return finish(0, "bad length");
+      if (body.size() >= static_cast<size_t>(*size)) finish(static_cast<int>(*status), std::string(body.substr(0, static_cast<size_t>(*size))));
+    } else if (final) {
+      finish(static_cast<int>(*status), std::string(body));
+    }
+  }
+  void finish(int status, const std::string& body) {
+    port.dropped = true;
+    port.attend();
+    if (const Done done = std::exchange(done_, nullptr)) done(status, body);
+  }
+  Broker& broker_;
+  std::string request_, received_;
+  Done done_;
+  Timer timer_;
+};
+
+/// The connection to one nsqlookupd: magic, IDENTIFY, what there is, then each change, and PING in between.
+/// Always: one command is under way at most; after a failure it connects again, after pauses that grow, and repeats all.
+class LookupPeer {
+ public:
+  struct Identity {
+    std::string json;                                     // the body of IDENTIFY
+    std::function<std::vector<std::string>()> registrations;  // REGISTER commands for all that there is
+  };
+  LookupPeer(Broker& broker, Dial dial, std::string peer_address, const Identity& identity)
+      : address(std::move(peer_address)), broker_(broker), dial_(std::move(dial)), identity_(identity), timer_(broker.timers, [this] { on_timer(); }) {
+    connect();
+  }
+  ~LookupPeer() { close(); }
+
+  const std::string address;
+  std::string broadcast_address;  // of its HTTP side, once it has told
+  int64_t http_port = 0;
+
+  void tell(const std::string& command) {
+    if (link_ == nullptr) {
+      if (broker_.now.steady - tried_at_ > 100 * kMillisecond) connect();
+    } else if (established_) {
+      commands_.push_back(command);
+      send_next();
+    }
+  }
+
+ private:
+  static constexpr int64_t kPatience = kSecond, kPing = 15 * kSecond, kLongestPause = 15 * kSecond;  // nsqd 1.3.0
+
+  class Link : public Session {
+   public:
+    explicit Link(LookupPeer* of) : peer(of) { port.session = this; }
+    void connected() override {
+      if (peer != nullptr) peer->on_connected();
+    }
+    size_t feed(std::string_view input) override {
+      size_t used = 0;
+      while (peer != nullptr && input.size() - used >= 4) {
+        const size_t size = get_be<uint32_t>(input.data() + used);
+        if (size > static_cast<size_t>(peer->broker_.options.max_body_size)) return peer->fail("answer too large"), input.size();
+        if (input.size() - used - 4 < size) break;
+        peer->on_answer(input.substr(used + 4, size));
+        used += 4 + size;
+      }
+      return used;
+    }
+    void ended(std::string_view) override {
+      port.dropped = true;
+      if (peer != nullptr) peer->fail("connection closed");
+    }
+    LookupPeer* peer;
+  };
+
+  void connect() {
+    tried_at_ = broker_.now.steady;
+    link_ = std::make_shared<Link>(this);
+    established_ = awaiting_ = false;
+    commands_.clear();
+    timer_.set(broker_.now.steady + kPatience);
+    dial_(address, link_);
+  }
+  void close() {
+    if (link_ == nullptr) return;
+    link_->peer = nullptr;
+    link_->port.dropped = true;
+    if (link_->port.attend) link_->port.attend();
+    link_.reset();
+  }
+  void fail(std::string_view why) {
+    broker_.logger.say(Level::kError, "LOOKUPD(", address, "): ", why);
+    close();
+    broadcast_address.clear();
+    pause_ = std::min(pause_ * 2, kLongestPause);
+    timer_.set(broker_.now.steady + pause_);
+  }
+  void on_connected() {
+    established_ = true;
+    link_->port.out.append("  V1");
+    std::array<char, 4> size;
+    put_be(size.data(), static_cast<uint32_t>(identity_.json.size()));
+    commands_.push_back(text("IDENTIFY\n", std::string_view(size.data(), 4), identity_.json));
+    for (std::string& command : identity_.registrations()) commands_.push_back(std::move(command));
+    send_next();
+  }
+  void send_next() {
+    if (awaiting_ || commands_.empty()) return;
+    link_->port.out.append(commands_.front());
+    link_->port.attend();
+    awaiting_ = true;
+    timer_.set(broker_.now.steady + kPatience);
+  }
+  void on_answer(std::string_view answer) {
+    if (!awaiting_) return fail("answer without a question");
+    if (commands_.front().compare(0, 8, "IDENTIFY") == 0) {
+      JsonParser parser{answer};
+      const Json json = parser.parse();
+      if (!parser.error.empty() || !json.is(Json::Type::kObject)) return fail(text("IDENTIFY was answered by ", answer.substr(0, 100)));
+      const Json *broadcast = json.find("broadcast_address"), *http = json.find("http_port");
+      if (broadcast != nullptr) broadcast_address = broadcast->string;
+      if (http != nullptr) http_port = http->integer().value_or(0);
+      broker_.logger.say(Level::kInfo, "LOOKUPD(", address, "): connected");
+      pause_ = kSecond / 8;
+    }
+    commands_.pop_front();
+    awaiting_ = false;
+    timer_.set(broker_.now.steady + kPing);
+    send_next();
+  }
+  void on_timer() {
+    if (link_ == nullptr) return connect();
+    if (!established_ || awaiting_) return fail("no answer in time");
+    commands_.push_back("PING\n");
+    send_next();
+  }
+
+  Broker& broker_;
+  Dial dial_;
+  const Identity& identity_;
+  std::shared_ptr<Link> link_;
+  bool established_ = false, awaiting_ = false;
+  std::deque<std::string> commands_;  // the first one is under way when awaiting_
+  int64_t pause_ = kSecond / 8, tried_at_ = 0;
+  Timer timer_;
+};
+
+/// All peers, the topics that wait for them, and the questions to the auth server.
+class Cluster {
+ public:
+  Cluster(Broker& broker, Dial dial) : broker_(broker), dial_(std::move(dial)) {
+    identity_.registrations = [this] { return registrations(); };
+  }
+
+  void start(int tcp_port, int http_port) {
+    const Options& options = broker_.options;
+    JsonWriter json;  // keys sorted, as nsqd's are
+    json.open('{').member("broadcast_address", options.broadcast_address).member("hostname", host_name()).member("http_port", http_port);
+    json.member("tcp_port", tcp_port).member("topology_region", options.topology_region).member("topology_zone", options.topology_zone);
+    identity_.json = json.member("version", kProtocolVersion).close('}').out;
+    set_peers(options.lookupd_tcp_address);
+  }
+  void set_peers(const std::vector<std::string>& addresses) {
+    for (auto peer = peers_.begin(); peer != peers_.end();)
+      peer = std::find(addresses.begin(), addresses.end(), peer->first) == addresses.end() ? peers_.erase(peer) : std::next(peer);
+    for (const std::string& address : addresses)
+      if (peers_.count(address) == 0) peers_.emplace(address, std::make_unique<LookupPeer>(broker_, dial_, address, identity_));
+  }
+  void stop() {
+    peers_.clear();
+    look_ups_.clear();
+  }
+  void tell(const Topic& topic, const Channel* channel, bool created) {
+    const std::string command = text(created ? "REGISTER " : "UNREGISTER ", topic.name, channel == nullptr ? "" : " ", channel == nullptr ? "" : channel->name, "\n");
+    for (auto& [address, peer] : peers_) peer->tell(command);
+  }
+
+  /// Makes a topic and asks for its channels; nothing is handed over before all peers have answered or failed. False when
+  /// there is nobody to ask. The session is parked for that long; other publishers may store meanwhile.
+  bool look_up(std::string_view name, Session& session) {
+    if (peers_.empty()) return false;
+    Topic& topic = broker_.topic(name);
+    size_t asked = 0;
+    auto& look_up = look_ups_[topic.name];
+    for (auto& [address, peer] : peers_) {
+      if (peer->broadcast_address.empty() || peer->http_port == 0) continue;
+      ++asked;
+      const std::string host = peer->broadcast_address.find(':') == std::string::npos ? peer->broadcast_address : "[" + peer->broadcast_address + "]";
+      const std::string server = text(host, ":", peer->http_port);
+      const std::string request = HttpCall::request_text("GET", server, "/channels?topic=" + percent_encoded(name), {});
+      dial_(server, std::make_shared<HttpCall>(broker_, request, [this, topic_name = topic.name, peer_address = address](int status, const std::string& body) {
+              take_channels(topic_name, peer_address, status, body);
+            }));
+    }
+    if (asked == 0) {
+      broker_.logger.say(Level::kError, "no available nsqlookupd to query for channels to pre-create for topic ", name);
+      look_ups_.erase(topic.name);
+      return false;
+    }
+    look_up.missing = asked;
+    look_up.waiting.push_back(session.weak_from_this());
+    topic.hold_back(true);
+    session.parked = true;
+    return true;
+  }
+
+  /// Asks the auth servers, beginning with a random one, until one gives a usable answer.
+  void ask_auth(V2Session& session) {
+    const auto& servers = broker_.options.auth_http_address;
+    session.parked = true;
+    ask_auth_server(session.weak_from_this(), session.secret(), session.ip(), static_cast<size_t>(broker_.now.wall / kMicrosecond) % servers.size(), servers.size());
+  }
+
+ private:
+  struct LookUp {
+    size_t missing = 0;  // answers
+    std::set<std::string> channels;
+    std::vector<std::weak_ptr<Session>> waiting;
+  };
+
+  std::vector<std::string> registrations() const {
+    std::vector<std::string> commands;
+    for (const auto& [name, topic] : broker_.topics) {
+      if (topic->channels.empty()) commands.push_back(text("REGISTER ", name, "\n"));
+      for (const auto& [channel_name, channel] : topic->channels) commands.push_back(text("REGISTER ", name, " ", channel_name, "\n"));
+    }
+    return commands;
+  }
+
+  void take_channels(const std::string& name, const std::string& peer, int status, const std::string& body) {
+    const auto found = look_ups_.find(name);
+    if (found == look_ups_.end()) return;
+    LookUp& look_up = found->second;
+    JsonParser parser{body};
+    const Json answer = status == 200 ? parser.parse() : Json();
+    const Json* channels = answer.find("channels");
+    if (status != 200 || !parser.error.empty() || channels == nullptr) {
+      broker_.logger.say(Level::kWarning, "failed to query nsqlookupd ", peer, " for channels of topic ", name, " - ", status == 200 ? "unusable answer" : body.substr(0, 100));
+    } else {
+      for (const Json& channel : channels->items)
+        if (valid_name(channel.string) && !is_ephemeral(channel.string)) look_up.channels.insert(channel.string);
+    }
+    if (--look_up.missing > 0) return;
+    const LookUp complete = std::move(look_up);
+    look_ups_.erase(found);
+    if (Topic* topic = broker_.find(name)) {
+      Status made;
+      for (const std::string& channel : complete.channels) static_cast<void>(topic->channel(channel, made));
+      topic->hold_back(false);
+    }
+    for (const auto& waiting : complete.waiting) {
+      if (const auto session = waiting.lock()) session->unpark();
+    }
+  }
+
+  void ask_auth_server(std::weak_ptr<Session> asker, const std::string& secret, const std::string& ip, size_t which, size_t left) {
+    const Options& options = broker_.options;
+    const std::string& configured = options.auth_http_address[which % options.auth_http_address.size()];
+    std::string host = configured, path = "/auth";
+    if (const size_t scheme = configured.find("://"); scheme != configured.npos) {
+      const size_t slash = configured.find('/', scheme + 3);
+      host = configured.substr(scheme + 3, slash == configured.npos ? slash : slash - scheme - 3);
+      path = slash == configured.npos ? "/" : configured.substr(slash);
+    }
+    const std::string address = host.find(':', host.rfind(']') == host.npos ? 0 : host.rfind(']')) == host.npos ? host + ":80" : host;
+    const bool post = options.auth_http_request_method == "post";
+    JsonWriter json;
+    auto list = [&json](std::string_view key, std::string_view value) { json.key(key).open('[').value(value).close(']'); };
+    json.open('{');
+    list("common_name", ""), list("remote_ip", ip), list("secret", secret), list("tls", "false");
+    json.close('}');
+    const std::string query = text("common_name=&remote_ip=", percent_encoded(ip), "&secret=", percent_encoded(secret), "&tls=false");
+    const std::string target = post ? path : text(path, path.find('?') == path.npos ? "?" : "&", query);
+    auto done = [this, asker, secret, ip, which, left, configured](int status, const std::string& body) {
+      auto grant = status == 200 ? parse_grant(body) : nullptr;
+      const auto session = asker.lock();
+      if (grant == nullptr) broker_.logger.say(Level::kError, "AUTH: ", configured, " - ", status == 0 ? body : text("unusable answer, status ", status));
+      if (session == nullptr) return;
+      if (grant == nullptr && left > 1) return ask_auth_server(asker, secret, ip, which + 1, left - 1);
+      static_cast<V2Session&>(*session).auth_answered(std::move(grant));
+    };
+    auto call = std::make_shared<HttpCall>(broker_, HttpCall::request_text(post ? "POST" : "GET", host, target, post ? json.out : std::string()), done);
+    dial_(configured.compare(0, 8, "https://") == 0 ? "" : address, call);  // no TLS: fails at once
+  }
+
+  /// An answer without a ttl, with an unknown permission or a broken pattern is as good as none.
+  std::shared_ptr<AuthGrant> parse_grant(const std::string& body) const {
+    JsonParser parser{body};
+    const Json json = parser.parse();
+    const Json* ttl = json.find("ttl");
+    if (!parser.error.empty() || !json.is(Json::Type::kObject) || ttl == nullptr || ttl->integer().value_or(0) <= 0) return nullptr;
+    auto grant = std::make_shared<AuthGrant>();
+    const int64_t seconds = std::min<int64_t>(*ttl->integer(), kNever / kSecond / 2);
+    grant->expires = saturating_add(broker_.now.steady, seconds * kSecond);
+    if (const Json* identity = json.find("identity")) grant->identity = identity->string;
+    if (const Json* url = json.find("identity_url")) grant->identity_url = url->string;
+    const Json* authorizations = json.find("authorizations");
+    for (const Json& item : authorizations == nullptr ? std::vector<Json>() : authorizations->items) {
+      AuthGrant::Authorization authorization;
+      const Json *topic = item.find("topic"), *channels = item.find("channels"), *permissions = item.find("permissions");
+      authorization.topic = std::make_unique<Pattern>(topic == nullptr ? "" : topic->string);
+      bool good = authorization.topic->valid();
+      for (const Json& channel : channels == nullptr ? std::vector<Json>() : channels->items) {
+        authorization.channels.push_back(std::make_unique<Pattern>(channel.string));
+        good = good && authorization.channels.back()->valid();
+      }
+      for (const Json& permission : permissions == nullptr ? std::vector<Json>() : permissions->items) {
+        if (permission.string == "publish") authorization.publish = true;
+        else if (permission.string == "subscribe") authorization.subscribe = true;
+        else good = false;
+      }
+      if (!good) return nullptr;
+      grant->authorizations.push_back(std::move(authorization));
+    }
+    return grant;
+  }
+
+  Broker& broker_;
+  Dial dial_;
+  LookupPeer::Identity identity_;
+  std::map<std::string, std::unique_ptr<LookupPeer>> peers_;
+  std::map<std::string, LookUp> look_ups_;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// [13] The poll loop
+//
+// The only part with sockets and clocks. It owns the connections, feeds what arrives to their sessions and writes what these
+// have appended. Nothing here blocks but poll(2) itself.
+// Always: pollfd i belongs to entry i; a connection that is to be closed gets no more calls and goes at the end of the turn.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// host:port taken apart; nothing where it is no such thing, and so the path of a Unix socket.
+inline std::optional<std::pair<std::string, std::string>> split_address(const std::string& address) {
+  const size_t colon = address.rfind(':');
+  if (colon == address.npos || address.find('/') != address.npos) return std::nullopt;
+  std::string host = address.substr(0, colon);
+  if (host.size() >= 2 && host.front() == '[' && host.back() == ']') host = host.substr(1, host.size() - 2);
+  else if (host.find(':') != host.npos) return std::nullopt;
+  return std::make_pair(host, address.substr(colon + 1));
+}
+
+struct SocketAddress {
+  sockaddr_storage storage{};
+  socklen_t size = sizeof(sockaddr_storage);
+  sockaddr* get() { return reinterpret_cast<sockaddr*>(&storage); }
+
+  std::string ip() const {
+    std::array<char, INET6_ADDRSTRLEN> shown{};
+    if (storage.ss_family == AF_INET) ::inet_ntop(AF_INET, &reinterpret_cast<const sockaddr_in&>(storage).sin_addr, shown.data(), shown.size());
+    if (storage.ss_family != AF_INET6) return shown.data();
+    const auto& v6 = reinterpret_cast<const sockaddr_in6&>(storage);
+    if (IN6_IS_ADDR_V4MAPPED(&v6.sin6_addr)) ::inet_ntop(AF_INET, &v6.sin6_addr.s6_addr[12], shown.data(), shown.size());
+    else ::inet_ntop(AF_INET6, &v6.sin6_addr, shown.data(), shown.size());
+    return shown.data();
+  }
+  int port() const {
+    if (storage.ss_family == AF_INET) return ntohs(reinterpret_cast<const sockaddr_in&>(storage).sin_port);
+    return storage.ss_family == AF_INET6 ? ntohs(reinterpret_cast<const sockaddr_in6&>(storage).sin6_port) : -1;
+  }
+  /// As nsqd shows it: ip:port, [ip]:port, or @ on a Unix socket.
+  std::string text() const {
+    if (storage.ss_family != AF_INET && storage.ss_family != AF_INET6) return "@";
+    const std::string host = ip();
+    return detail::text(host.find(':') == host.npos ? host : "[" + host + "]", ":", port());
+  }
+};
+
+/// The addresses that a host and port stand for. This may ask a name server, so never on the loop's thread.
+inline std::vector<SocketAddress> resolve(const std::string& host, const std::string& port, int type, bool passive, std::string& why) {
+  std::vector<SocketAddress> found;
+  const auto number = decimal(port);
+  if (!number || *number > 65535) return why = detail::text("invalid port \"", port, "\""), found;
+  addrinfo hints{};
+  hints.ai_socktype = type;
+  hints.ai_flags = passive ? AI_PASSIVE : 0;
+  addrinfo* list = nullptr;
+  const int code = ::getaddrinfo(host.empty() ? nullptr : host.c_str(), port.c_str(), &hints, &list);
+  if (code != 0) return why = detail::text("lookup ", host, ": ", ::gai_strerror(code)), found;
+  for (const addrinfo* item = list; item != nullptr; item = item->ai_next) {
+    found.emplace_back();
+    std::memcpy(&found.back().storage, item->ai_addr, item->ai_addrlen);
+    found.back().size = item->ai_addrlen;
+  }
+  ::freeaddrinfo(list);
+  if (passive && host.empty())  // all interfaces: a socket for IPv6 takes IPv4, too
+    std::stable_sort(found.begin(), found.end(), [](const auto& a, const auto& b) { return a.storage.ss_family == AF_INET6 && b.storage.ss_family != AF_INET6; });
+  return found;
+}
+
+/// A socket that listens. Its destructor removes the file of a Unix socket.
+class Listener {
+ public:
+  Listener(std::string kind_name, const std::string& listen_address) : kind(std::move(kind_name)) {
+    const auto split = split_address(listen_address);
+    if (split) listen_on_port(listen_address, *split);
+    else listen_on_path(listen_address);
+    ::fcntl(fd.get(), F_SETFL, O_NONBLOCK);
+    address.size = sizeof address.storage;
+    ::getsockname(fd.get(), address.get(), &address.size);
+  }
+  ~Listener() {
+    if (!path.empty()) ::unlink(path.c_str());
+  }
+  Listener(const Listener&) = delete;
+  Listener& operator=(const Listener&) = delete;
+
+  std::string shown() const { return path.empty() ? address.text() : path; }
+
+  const std::string kind;  // TCP or HTTP
+  Fd fd;
+  SocketAddress address;
+  std::string path;  // of a Unix socket
+  std::function<std::shared_ptr<Session>(const SocketAddress& peer)> greet;
+
+ private:
+  [[noreturn]] static void refuse(const std::string& listen_address, std::string_view why) {
+    throw std::runtime_error(text("listen (", listen_address, ") failed - ", why));
+  }
+  void listen_on_port(const std::string& listen_address, const std::pair<std::string, std::string>& split) {
+    std::string why;
+    for (SocketAddress& candidate : resolve(split.first, split.second, SOCK_STREAM, true, why)) {
+      fd = Fd(::socket(candidate.storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0));
+      const int yes = 1, no = 0;
+      ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
+      if (split.first.empty() && candidate.storage.ss_family == AF_INET6) ::setsockopt(fd.get(), IPPROTO_IPV6, IPV6_V6ONLY, &no, sizeof no);
+      if (fd && ::bind(fd.get(), candidate.get(), candidate.size) == 0 && ::listen(fd.get(), kBacklog) == 0) return;
+      why = text("bind: ", lower(std::strerror(errno)));
+      if (errno == EADDRINUSE)
+        why += text("; another program listens there, perhaps another nsqd: stop that one, or choose another address (port 0 takes any free one)");
+    }
+    refuse(listen_address, why);
+  }
+  void listen_on_path(const std::string& listen_address) {
+    sockaddr_un local{};
+    local.sun_family = AF_UNIX;
+    if (listen_address.size() >= sizeof local.sun_path) refuse(listen_address, "the path of a unix socket must be shorter");
+    listen_address.copy(local.sun_path, sizeof local.sun_path - 1);
+    const auto* name = reinterpret_cast<const sockaddr*>(&local);
+    remove_stale(listen_address, name, sizeof local);
+    fd = Fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    if (!fd || ::bind(fd.get(), name, sizeof local) != 0) refuse(listen_address, text("bind: ", lower(std::strerror(errno))));
+    path = listen_address;
+    ::chmod(path.c_str(), 0660);  // the user and the group of the daemon
+    if (::listen(fd.get(), kBacklog) != 0) refuse(listen_address, text("listen: ", lower(std::strerror(errno))));
+  }
+  /// A socket file that nobody listens on any more was left by a process that was killed.
+  static void remove_stale(const std::string& file, const sockaddr* name, socklen_t size) {
+    struct stat about {};
+    if (::lstat(file.c_str(), &about) != 0 || !S_ISSOCK(about.st_mode)) return;
+    const Fd probe(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    if (::connect(probe.get(), name, size) != 0 && errno == ECONNREFUSED) ::unlink(file.c_str());
+  }
+  static constexpr int kBacklog = 1024;
+};
+
+/// A thread for what would block the loop: fsync, and asking for the addresses of names. Jobs run one after the other.
+class Worker {
+ public:
+  Worker() : thread_([this] { run(); }) {}
+  ~Worker() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      ending_ = true;
+    }
+    wake_.notify_one();
+    thread_.join();
+  }
+  void post(std::function<void()> job) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      jobs_.push_back(std::move(job));
+    }
+    wake_.notify_one();
+  }
+  /// Runs a job behind all that were posted before, and waits for it.
+  void run_and_wait(const std::function<void()>& job) {
+    std::promise<void> done;
+    post([&] {
+      job();
+      done.set_value();
+    });
+    done.get_future().wait();
+  }
+
+ private:
+  void run() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [this] { return ending_ || !jobs_.empty(); });
+      if (jobs_.empty()) return;
+      const auto job = std::move(jobs_.front());
+      jobs_.pop_front();
+      lock.unlock();
+      job();
+      lock.lock();
+    }
+  }
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<std::function<void()>> jobs_;
+  bool ending_ = false;
+  std::thread thread_;
+};
+
+/// Sends each packet once; what the network does not take is lost, as UDP has it.
+inline void send_datagrams(SocketAddress& to, const std::vector<std::string>& packets) {
+  const Fd fd(::socket(to.storage.ss_family, SOCK_DGRAM | SOCK_CLOEXEC, 0));
+  for (const std::string& packet : packets) ::sendto(fd.get(), packet.data(), packet.size(), MSG_NOSIGNAL | MSG_DONTWAIT, to.get(), to.size);
+}
+
+class Loop {
+ public:
+  explicit Loop(Broker& broker) : broker_(broker), accept_again_(broker.timers, [this] { resume_listeners(); }), shared_input_(kReadSize, '\0') {
+    std::array<int, 2> ends{};
+    if (::pipe(ends.data()) != 0) throw std::runtime_error(system_error("create", "pipe").error);
+    wake_read_ = Fd(ends[0]);
+    wake_write_ = Fd(ends[1]);
+    for (int end : ends) {
+      ::fcntl(end, F_SETFL, O_NONBLOCK);
+      ::fcntl(end, F_SETFD, FD_CLOEXEC);
+    }
+    fds_.push_back({wake_read_.get(), POLLIN, 0});
+    entries_.push_back(nullptr);
+    read_clocks();
+  }
+  ~Loop() { close_connections(); }
+
+  /// Runs a task on the loop's thread, in its next turn. From any thread.
+  void post(std::function<void()> task) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (over_) return;
+    if (tasks_.empty()) [[maybe_unused]] const ssize_t written = ::write(wake_write_.get(), "", 1);
+    tasks_.push_back(std::move(task));
+  }
+  /// The last call on the loop's thread: tasks that were not run never will be.
+  void close_tasks() {
+    std::vector<std::function<void()>> dropped;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    over_ = true;
+    dropped.swap(tasks_);
+  }
+
+  void listen(std::unique_ptr<Listener> listener) {
+    fds_.insert(fds_.begin() + 1 + static_cast<std::ptrdiff_t>(listeners_.size()), pollfd{listener->fd.get(), POLLIN, 0});
+    entries_.insert(entries_.begin() + 1 + static_cast<std::ptrdiff_t>(listeners_.size()), nullptr);
+    listeners_.push_back(std::move(listener));
+    hot_end_ = 1 + listeners_.size();
+  }
+  void close_listeners(std::string_view kind) {
+    for (size_t i = listeners_.size(); i-- > 0;) {
+      if (listeners_[i]->kind != kind) continue;
+      broker_.logger.say(Level::kInfo, kind, ": closing ", listeners_[i]->shown());
+      listeners_.erase(listeners_.begin() + static_cast<std::ptrdiff_t>(i));
+      fds_.erase(fds_.begin() + 1 + static_cast<std::ptrdiff_t>(i));
+      entries_.erase(entries_.begin() + 1 + static_cast<std::ptrdiff_t>(i));
+      --hot_end_;
+      for (size_t at = 1 + i; at < entries_.size(); ++at)
+        if (entries_[at] != nullptr) entries_[at]->slot = at;
+    }
+  }
+  void close_connections() {
+    while (!all_.empty()) destroy(all_.begin()->get());
+  }
+
+  /// Takes a session that has no socket: its drained() is called when it has something to take.
+  void adopt(std::shared_ptr<Session> session) { add(Fd(), std::move(session)); }
+
+  /// Connects to host:port; connected() or ended() of the session is called, later.
+  void dial(const std::string& address, std::shared_ptr<Session> session, Worker& worker) {
+    const auto split = split_address(address);
+    Connection* connection = add(Fd(), std::move(session));
+    if (!split) return fail(connection);
+    worker.post([this, split = *split, watched = std::weak_ptr<Session>(connection->session)] {
+      std::string why;
+      auto addresses = resolve(split.first, split.second, SOCK_STREAM, false, why);
+      post([this, watched, addresses = std::move(addresses)]() mutable {
+        const auto found = watched.lock();
+        Connection* waiting = found == nullptr ? nullptr : connection_of(*found);
+        if (waiting != nullptr) connect(waiting, addresses);
+      });
+    });
+  }
+
+  /// One turn. `store` makes durable what the turn has changed: nothing is written to a client before that.
+  template <typename Store>
+  void turn(Store&& store) {
+    wait();
+    run_tasks();
+    accept_new();
+    read_ready();
+    broker_.timers.run(broker_.now.steady);
+    feed_attended();
+    broker_.pump();
+    store();
+    write_attended();
+    broker_.after_write();
+    destroy_closed();
+  }
+
+  void read_clocks() {
+    auto read = [](clockid_t clock) {
+      timespec now{};
+      ::clock_gettime(clock, &now);
+      return static_cast<int64_t>(now.tv_sec) * kSecond + now.tv_nsec;
+    };
+    broker_.now = {read(CLOCK_MONOTONIC), read(CLOCK_REALTIME)};
+  }
+  const std::vector<std::unique_ptr<Listener>>& listeners() const { return listeners_; }
+  template <typename Visit>
+  void each_session(Visit&& visit) const {
+    for (const auto& connection : all_) visit(*connection->session);
+  }
+  size_t connections() const { return all_.size(); }
+
+ private:
+  static constexpr size_t kReadSize = size_t{1} << 17;     // bytes per read
+  static constexpr size_t kMostUnread = size_t{4} << 20;   // of output: above it the client is not read from
+  static constexpr int64_t kLinger = 2 * kSecond;          // for a client to read its last error before the connection goes
+  static constexpr int64_t kHotFor = 20 * kMillisecond;    // a connection stays among the busy ones
+
+  struct Silence : Session {  // in the place of a session that has ended
+    size_t feed(std::string_view input) override { return input.size(); }
+    void ended(std::string_view) override {}
+  };
+  struct Connection {
+    Fd fd;
+    std::shared_ptr<Session> session;
+    std::string input = {};      // what has arrived and is not done with
+    size_t slot = 0;             // of its pollfd; 0: none
+    int64_t active = 0;          // when something arrived last
+    bool connecting = false, attended = false, ended = false, closed = false;
+    std::unique_ptr<Timer> lingering = {};
+  };
+  struct ByAddress {
+    using is_transparent = void;
+    bool operator()(const std::unique_ptr<Connection>& a, const std::unique_ptr<Connection>& b) const { return std::less<>()(a.get(), b.get()); }
+    bool operator()(const std::unique_ptr<Connection>& a, const Connection* b) const { return std::less<>()(static_cast<const Connection*>(a.get()), b); }
+    bool operator()(const Connection* a, const std::unique_ptr<Connection>& b) const { return std::less<>()(a, static_cast<const Connection*>(b.get())); }
+  };
+
+  // ---- waiting ---------------------------------------------------------------------------------------------------------
+
+  /// Sleeps until a socket is ready or a timer is due. poll(2) costs time for each descriptor that it looks at, so while
+  /// there is work among the busy connections, the idle ones are looked at in a share of the time only.
+  void wait() {
+    const size_t idle = fds_.size() - hot_end_;
+    const bool work = !attended_.empty() || broker_.has_work();
+    ready_ = 0;
+    if (busy_ && idle > 64 && broker_.now.steady - looked_at_all_ < static_cast<int64_t>(idle) * 200) {
+      polled_ = hot_end_;
+      ready_ = ::poll(fds_.data(), polled_, 0);
+    }
+    if (ready_ <= 0) {
+      read_clocks();
+      const int64_t left = broker_.timers.next() == kNever ? kNever : std::max<int64_t>(0, broker_.timers.next() - broker_.now.steady);
+      const int64_t ms = left == kNever ? -1 : std::min<int64_t>((left + kMillisecond - 1) / kMillisecond, 3600 * 1000);
+      polled_ = fds_.size();
+      ready_ = ::poll(fds_.data(), polled_, work ? 0 : static_cast<int>(ms));
+      looked_at_all_ = broker_.now.steady;
+    }
+    read_clocks();
+    if (polled_ == fds_.size()) cool_down();
+    busy_ = ready_ > 0;
+  }
+
+  void swap_slots(size_t a, size_t b) {
+    if (a == b) return;
+    std::swap(fds_[a], fds_[b]);
+    std::swap(entries_[a], entries_[b]);
+    entries_[a]->slot = a;
+    entries_[b]->slot = b;
+  }
+  void warm_up(Connection* connection) {
+    connection->active = broker_.now.steady;
+    if (connection->slot >= hot_end_) swap_slots(connection->slot, hot_end_++);
+  }
+  void cool_down() {  // not those that were found ready: their events are still to be looked at in place
+    for (size_t i = hot_end_; i-- > 1 + listeners_.size();)
+      if (broker_.now.steady - entries_[i]->active > kHotFor) swap_slots(i, --hot_end_);
+  }
+
+  // ---- connections -----------------------------------------------------------------------------------------------------
+
+  Connection* add(Fd fd, std::shared_ptr<Session> session) {
+    auto made = std::make_unique<Connection>();
+    Connection* connection = made.get();
+    connection->fd = std::move(fd);
+    connection->session = std::move(session);
+    connection->active = broker_.now.steady;
+    connection->session->port.attend = [this, connection] { attend(connection); };
+    all_.insert(std::move(made));
+    if (connection->fd) enlist(connection);
+    return connection;
+  }
+  void enlist(Connection* connection) {
+    connection->slot = fds_.size();
+    fds_.push_back({connection->fd.get(), POLLIN, 0});
+    entries_.push_back(connection);
+  }
+  Connection* connection_of(const Session& session) const {
+    for (const auto& connection : all_)
+      if (connection->session.get() == &session) return connection.get();
+    return nullptr;
+  }
+  void attend(Connection* connection) {
+    if (connection->attended) return;
+    connection->attended = true;
+    attended_.push_back(connection);
+  }
+  void destroy(Connection* connection) {
+    if (connection->slot != 0) {
+      if (connection->slot < hot_end_) {
+        swap_slots(connection->slot, hot_end_ - 1);
+        --hot_end_;
+      }
+      swap_slots(connection->slot, fds_.size() - 1);
+      fds_.pop_back();
+      entries_.pop_back();
+    }
+    connection->session->port.attend = [] {};
+    attended_.erase(std::remove(attended_.begin(), attended_.end(), connection), attended_.end());
+    auto found = all_.find(connection);
+    auto gone = std::move(all_.extract(found).value());
+    if (listeners_paused_) resume_listeners();
+  }
+
+  void accept_new() {
+    if (ready_ <= 0) return;
+    for (size_t i = 0; i < listeners_.size(); ++i) {
+      if ((fds_[1 + i].revents & POLLIN) == 0) continue;
+      for (int most = 64; most > 0; --most) {
+        SocketAddress peer;
+        Fd fd(::accept(listeners_[i]->fd.get(), peer.get(), &peer.size));
+        if (!fd) {
+          if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) pause_listeners(errno);
+          if (errno != ECONNABORTED && errno != EINTR) break;
+          continue;
+        }
+        const int yes = 1;
+        ::fcntl(fd.get(), F_SETFD, FD_CLOEXEC);
+        ::setsockopt(fd.get(), IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);  // fails on a Unix socket, where nothing is delayed
+        add(std::move(fd), listeners_[i]->greet(peer));
+      }
+    }
+  }
+  /// Out of descriptors: those who are here go on, and the next ones wait in the kernel's queue until there is room.
+  void pause_listeners(int why) {
+    if (!listeners_paused_) broker_.logger.say(Level::kWarning, "no more clients for now - ", system_error("accept", "", why).error);
+    listeners_paused_ = true;
+    for (size_t i = 0; i < listeners_.size(); ++i) fds_[1 + i].events = 0;
+    accept_again_.set(broker_.now.steady + kSecond);
+  }
+  void resume_listeners() {
+    listeners_paused_ = false;
+    for (size_t i = 0; i < listeners_.size(); ++i) fds_[1 + i].events = POLLIN;
+  }
+
+  void fail(Connection* connection) {
+    connection->closed = true;
+    attend(connection);
+    connection->session->ended({});
+  }
+  void connect(Connection* connection, std::vector<SocketAddress>& addresses) {
+    if (connection->closed) return;
+    for (SocketAddress& address : addresses) {
+      Fd fd(::socket(address.storage.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+      if (!fd || (::connect(fd.get(), address.get(), address.size) != 0 && errno != EINPROGRESS)) continue;
+      connection->fd = std::move(fd);
+      connection->connecting = true;
+      enlist(connection);
+      fds_[connection->slot].events = POLLOUT;
+      return;
+    }
+    fail(connection);
+  }
+  void finish_connecting(Connection* connection) {
+    int code = 0;
+    socklen_t size = sizeof code;
+    ::getsockopt(connection->fd.get(), SOL_SOCKET, SO_ERROR, &code, &size);
+    if (code != 0) return fail(connection);
+    connection->connecting = false;
+    fds_[connection->slot].events = POLLIN;
+    connection->session->connected();
+  }
+
+  // ---- reading ---------------------------------------------------------------------------------------------------------
+
+  void read_ready() {
+    if (ready_ <= 0) return;
+    ready_list_.clear();
+    for (size_t i = 1 + listeners_.size(); i < std::min(polled_, fds_.size()); ++i)
+      if (fds_[i].revents != 0) ready_list_.push_back({entries_[i], std::exchange(fds_[i].revents, short{0})});
+    for (const auto& [connection, events] : ready_list_) {
+      warm_up(connection);
+      if (connection->closed) continue;
+      if (connection->connecting) finish_connecting(connection);
+      else if ((events & POLLIN) != 0) read(connection);
+      else if ((events & (POLLERR | POLLHUP | POLLNVAL)) != 0) lose(connection);
+      if ((events & POLLOUT) != 0) attend(connection);
+    }
+  }
+  void lose(Connection* connection) {
+    connection->session->port.dropped = true;
+    connection->session->ended({});
+    attend(connection);
+  }
+
+  /// Reads once. What the session has not done with is kept; a buffer grows with what has arrived, never ahead of it.
+  void read(Connection* connection) {
+    std::string& kept = connection->input;
+    const bool fresh = kept.empty();
+    const size_t before = kept.size();
+    if (!fresh) kept.resize(before + std::clamp(before, size_t{4096}, kReadSize));
+    char* into = fresh ? shared_input_.data() : kept.data() + before;
+    const ssize_t got = ::recv(connection->fd.get(), into, fresh ? kReadSize : kept.size() - before, MSG_DONTWAIT);
+    if (!fresh) kept.resize(before + static_cast<size_t>(std::max<ssize_t>(got, 0)));
+    if (got < 0) {
+      if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) lose(connection);
+      return;
+    }
+    if (connection->lingering != nullptr) {  // only its end is waited for
+      kept.clear();
+      if (got == 0) connection->closed = true, attend(connection);
+      return;
+    }
+    if (got == 0) connection->ended = true;
+    feed(connection, fresh ? std::string_view(shared_input_.data(), static_cast<size_t>(got)) : std::string_view(kept));
+  }
+
+  void feed(Connection* connection, std::string_view arrived) {
+    Session& session = *connection->session;
+    std::string& kept = connection->input;
+    size_t used = 0;
+    if (!session.parked && !session.port.closing && !session.port.dropped) used = session.feed(arrived);
+    if (!session.parked && !session.port.closing && (connection->ended || session.late)) {
+      session.ended(arrived.substr(used));
+      used = arrived.size();
+    }
+    if (session.port.closing || session.port.dropped) used = arrived.size();
+    if (used == arrived.size()) std::string().swap(kept);
+    else if (arrived.data() == kept.data()) kept.erase(0, used);
+    else kept.assign(arrived.substr(used));
+    if (connection->ended || session.port.closing || session.port.dropped) attend(connection);
+  }
+
+  /// Sessions that were woken by something else than input: an answer that they waited for, or their time being up.
+  void feed_attended() {
+    for (size_t i = 0; i < attended_.size(); ++i) {
+      Connection* connection = attended_[i];
+      Session& session = *connection->session;
+      if (session.parked || connection->closed || session.port.closing || session.port.dropped) continue;
+      if (connection->connecting || connection->lingering != nullptr) continue;
+      if (session.late || session.resumed || connection->ended) {
+        session.resumed = false;
+        const std::string kept = std::move(connection->input);
+        connection->input.clear();
+        feed(connection, kept);
+      }
+    }
+  }
+
+  // ---- writing ---------------------------------------------------------------------------------------------------------
+
+  void write_attended() {
+    writing_.swap(attended_);
+    for (Connection* connection : writing_) {
+      connection->attended = false;
+      if (connection->session->port.dropped && !std::exchange(connection->closed, true) && !connection->fd) connection->session->ended({});
+      if (!connection->closed) write(connection);
+      if (connection->closed) closed_.push_back(connection);
+    }
+    writing_.clear();
+  }
+
+  void write(Connection* connection) {
+    Port& port = connection->session->port;
+    if (!connection->fd) return connection->session->drained();  // inside the process, or not connected yet
+    if (connection->connecting) return;
+    if (!port.out.empty()) {
+      std::array<iovec, 256> pieces;
+      msghdr message{};
+      message.msg_iov = pieces.data();
+      message.msg_iovlen = port.out.gather(pieces.data(), pieces.size());
+      const ssize_t sent = ::sendmsg(connection->fd.get(), &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+      if (sent < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR && errno != ENOBUFS) {
+        port.out.clear();
+        connection->session->ended({});
+        return void(connection->closed = true);
+      }
+      port.out.settle(static_cast<size_t>(std::max<ssize_t>(sent, 0)));
+      connection->session->written += static_cast<uint64_t>(std::max<ssize_t>(sent, 0));
+      connection->session->drained();
+    }
+    if (port.closing && port.out.empty() && connection->lingering == nullptr) return finish(connection);
+    const bool hears = !connection->ended && port.out.size() < kMostUnread;
+    fds_[connection->slot].events = static_cast<short>((hears ? POLLIN : 0) | (port.out.empty() ? 0 : POLLOUT));
+  }
+
+  /// Everything is said. A socket that is closed with input unread would be reset, and the client might never see its error:
+  /// so only our side is closed, and the rest of what the client sends is thrown away for a moment.
+  void finish(Connection* connection) {
+    if (connection->ended || ::shutdown(connection->fd.get(), SHUT_WR) != 0) return void(connection->closed = true);
+    connection->session->port.attend = [] {};
+    connection->session = std::make_shared<Silence>();
+    fds_[connection->slot].events = POLLIN;
+    connection->lingering = std::make_unique<Timer>(broker_.timers, [this, connection] { connection->closed = true, attend(connection); });
+    connection->lingering->set(broker_.now.steady + kLinger);
+  }
+
+  void destroy_closed() {
+    for (size_t i = 0; i < closed_.size(); ++i)  // a session that goes may end others
+      if (all_.find(closed_[i]) != all_.end()) destroy(closed_[i]);
+    closed_.clear();
+  }
+
+  void run_tasks() {
+    if (ready_ <= 0 || fds_[0].revents == 0) return;
+    std::array<char, 64> bytes;
+    while (::read(wake_read_.get(), bytes.data(), bytes.size()) > 0) {
+    }
+    std::vector<std::function<void()>> tasks;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      tasks.swap(tasks_);
+    }
+    for (auto& task : tasks) task();
+  }
+
+  Broker& broker_;
+  Timer accept_again_;
+  bool listeners_paused_ = false;
+  std::string shared_input_;
+  Fd wake_read_, wake_write_;
+  std::vector<std::unique_ptr<Listener>> listeners_;
+  std::set<std::unique_ptr<Connection>, ByAddress> all_;
+  std::vector<pollfd> fds_;  // the wake-up pipe, the listeners, the busy connections, and from hot_end_ on the idle ones
+  std::vector<Connection*> entries_;
+  size_t hot_end_ = 1;
+  size_t polled_ = 0;  // descriptors that the last poll looked at
+  int ready_ = 0;      // and those that it found
+  bool busy_ = false;
+  int64_t looked_at_all_ = 0;
+  std::vector<std::pair<Connection*, short>> ready_list_;
+  std::vector<Connection*> attended_, writing_, closed_;
+  std::mutex mutex_;
+  std::vector<std::function<void()>> tasks_;
+  bool over_ = false;  // no task is run any more
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// [14] The daemon
+//
+// Joins the parts: what is locked, bound and loaded at the start, what a turn makes durable, and in which order all of it
+// ends. And the consumers and publishers inside the process, who reach the loop by posting tasks to it.
+// Always: everything but post() and the ports is touched by the loop's thread only, from start to the end of stop.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// A consumer inside the process: a session without a socket, whose output is taken apart into messages.
+struct LocalConsumer : Session {
+  size_t feed(std::string_view input) override { return input.size(); }
+  void ended(std::string_view) override { close(); }
+  /// On the loop's thread: passes on what the channel has delivered.
+  void drained() override {
+    iovec piece{};
+    std::string bytes;
+    while (port.out.gather(&piece, 1) > 0) {
+      bytes.append(static_cast<const char*>(piece.iov_base), piece.iov_len);
+      port.out.settle(piece.iov_len);
+    }
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (size_t at = 0; at < bytes.size(); at += Segment::frame_size(&bytes[at])) {
+      const char* frame = &bytes[at];
+      messages.push_back({std::string(frame + 18, 16), std::string(frame + Segment::kFrameHead, Segment::frame_size(frame) - Segment::kFrameHead),
+                          static_cast<int64_t>(get_be<uint64_t>(frame + 8)), get_be<uint16_t>(frame + 16)});
+    }
+    wake.notify_all();
+  }
+  void close() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    closed = true;
+    wake.notify_all();
+  }
+  bool is_closed() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    return closed;
+  }
+  /// From any thread: does something with a message in flight, and tells whether that was possible.
+  template <typename Action>
+  bool answer(const Message& message, Action&& action);
+
+  ClientInfo info;
+  Engine* engine = nullptr;
+  std::mutex mutex;
+  std::condition_variable wake;
+  std::deque<Message> messages;
+  bool closed = false;
+};
+
+/// Refuses settings that cannot work, and fills in those that depend on the host.
+inline void complete_options(Options& options);
+
+class Engine {
+ public:
+  explicit Engine(Options given)
+      : options_(completed(std::move(given))), logger_(options_), lock_(lock()), broker_(options_, logger_, options_.mem_only ? std::string() : data_path()), host_(broker_), loop_(broker_),
+        cluster_(broker_, [this](const std::string& address, std::shared_ptr<Session> session) { loop_.dial(address, std::move(session), *worker_); }),
+        sync_timer_(broker_.timers, [this] { sync_due_ = true; }), statsd_timer_(broker_.timers, [this] { push_statsd(); }) {
+    logger_.say(Level::kInfo, build_text());
+    logger_.say(Level::kInfo, "ID: ", options_.node_id);
+    connect_host();
+    listen();
+    if (!options_.mem_only) recover();
+  }
+  ~Engine() { stop(); }
+
+  void start() {
+    worker_ = std::make_unique<Worker>();
+    for (const auto& listener : loop_.listeners()) logger_.say(Level::kInfo, listener->kind, ": listening on ", listener->shown());
+    broker_.on_change = [this](const Topic& topic, const Channel* channel, bool created) { cluster_.tell(topic, channel, created); };
+    thread_ = std::thread([this] { run(); });
+  }
+
+  /// The order of the end. Called once; from the caller's thread, which waits for the loop.
+  void stop() {
+    if (thread_.joinable()) {
+      loop_.post([this] { ending_ = true; });
+      thread_.join();
+      logger_.say(Level::kInfo, "NSQ: stopping subsystems");
+      worker_.reset();
+      lock_.reset();
+      logger_.say(Level::kInfo, "NSQ: bye");
+    }
+  }
+
+  int tcp_port() const { return tcp_port_; }
+  int http_port() const { return http_port_; }
+
+  /// Runs a task on the loop's thread and waits until its turn is over, so that what it has changed is as durable as the
+  /// options ask for. Throws std::runtime_error when the daemon does not run.
+  template <typename Task>
+  auto on_loop(Task&& task) {
+    using Result = decltype(task());
+    auto done = std::make_shared<std::promise<Result>>();
+    auto result = done->get_future();
+    loop_.post([this, task = std::forward<Task>(task), done = std::move(done)]() mutable {
+      if constexpr (std::is_void_v<Result>) {
+        task();
+        after_turn_.push_back([done] { done->set_value(); });
+      } else {
+        after_turn_.push_back([done, value = task()]() mutable { done->set_value(std::move(value)); });
+      }
+    });
+    try {
+      return result.get();
+    } catch (const std::future_error&) {  // the task was thrown away
+      throw std::runtime_error("the daemon is not running");
+    }
+  }
+  template <typename Action>
+  bool with_topic(std::string_view topic, Action&& action) {
+    return on_loop([this, topic, action] {
+      Topic* found = broker_.find(topic);
+      if (found != nullptr) action(*found);
+      return found != nullptr;
+    });
+  }
+  template <typename Action>
+  bool with_channel(std::string_view topic, std::string_view channel, Action&& action) {
+    return on_loop([this, topic, channel, action] {
+      Topic* parent = broker_.find(topic);
+      Channel* found = parent == nullptr ? nullptr : parent->find(channel);
+      if (found != nullptr) action(*found);
+      return found != nullptr;
+    });
+  }
+  static void check_name(std::string_view name) {
+    if (!valid_name(name)) throw std::invalid_argument(text("invalid name ", quoted(name), ": 1 to 64 of . _ - and letters and digits, optionally #ephemeral at the end"));
+  }
+  void publish(std::string_view topic, const std::string_view* bodies, size_t count, Duration delay);
+  Broker& broker() { return broker_; }
+  Stats stats() { return take_stats(host_, {}); }
+
+  std::shared_ptr<LocalConsumer> subscribe(const std::string& topic, const std::string& channel, int max_in_flight);
+  void unsubscribe(const std::shared_ptr<LocalConsumer>& consumer);
+
+ private:
+  static Options completed(Options options) {
+    complete_options(options);
+    return options;
+  }
+  std::string data_path() const { return options_.data_path.empty() ? "." : options_.data_path; }
+  std::unique_ptr<DirectoryLock> lock() const { return options_.mem_only ? nullptr : std::make_unique<DirectoryLock>(data_path()); }
+
+  // ---- the start -------------------------------------------------------------------------------------------------------
+
+  void connect_host() {
+    host_.started_wall = broker_.now.wall;
+    host_.ask_auth = [this](V2Session& session) { cluster_.ask_auth(session); };
+    host_.look_up = [this](std::string_view topic, Session& session) { return cluster_.look_up(topic, session); };
+    host_.set_lookupds = [this](std::vector<std::string> addresses) {
+      options_.lookupd_tcp_address = std::move(addresses);
+      cluster_.set_peers(options_.lookupd_tcp_address);
+    };
+    host_.each_client = [this](const std::function<void(const V2Session&)>& visit) {
+      loop_.each_session([&visit](const Session& session) {
+        if (const auto* client = dynamic_cast<const V2Session*>(&session)) visit(*client);
+      });
+    };
+  }
+
+  void listen() {
+    auto tcp = std::make_unique<Listener>("TCP", options_.tcp_address);
+    tcp_port_ = tcp->address.port();
+    tcp->greet = [this](const SocketAddress& peer) {
+      logger_.say(Level::kInfo, "TCP: new client(", peer.text(), ")");
+      return std::make_shared<V2Session>(host_, peer.text(), peer.ip());
+    };
+    loop_.listen(std::move(tcp));
+    if (!options_.http_address.empty()) {
+      auto http = std::make_unique<Listener>("HTTP", options_.http_address);
+      http_port_ = http->address.port();
+      http->greet = [this](const SocketAddress& peer) {
+        return std::make_shared<HttpSession>(host_, options_, logger_, peer.text(), [this] { return std::make_pair(tcp_port_, http_port_); });
+      };
+      loop_.listen(std::move(http));
+    }
+    if (options_.broadcast_tcp_port == 0) options_.broadcast_tcp_port = tcp_port_;
+    if (options_.broadcast_http_port == 0) options_.broadcast_http_port = http_port_;
+    fill_in_statsd_prefix();
+  }
+
+  void fill_in_statsd_prefix() {
+    std::string host = text(options_.broadcast_address, ":", options_.broadcast_http_port);
+    for (char& c : host)
+      if (c == '.' || c == ':') c = '_';
+    std::string& prefix = options_.statsd_prefix;
+    for (size_t at = prefix.find("%s"); at != prefix.npos; at = prefix.find("%s", at + host.size())) prefix.replace(at, 2, host);
+    if (!prefix.empty() && prefix.back() != '.') prefix += '.';
+  }
+
+  void recover() {
+    Recovery(broker_).run();
+    const Status status = replace_file(data_path(), "nsqd.dat", metadata_to_write());
+    if (!status.ok()) throw std::runtime_error(text("failed to persist metadata - ", status.error, " (--data-path must be a directory that can be written to)"));
+  }
+
+  // ---- the loop's thread -----------------------------------------------------------------------------------------------
+
+  void run() {
+    sigset_t mask;  // signals are for the program, but for those that say that this thread is broken
+    ::sigfillset(&mask);
+    for (int broken : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) ::sigdelset(&mask, broken);
+    ::pthread_sigmask(SIG_BLOCK, &mask, nullptr);
+    cluster_.start(static_cast<int>(options_.broadcast_tcp_port), static_cast<int>(options_.broadcast_http_port));
+    if (!options_.statsd_address.empty()) statsd_timer_.set(broker_.now.steady + options_.statsd_interval.count());
+    while (!ending_) loop_.turn([this] { make_durable(); });
+    finish();
+    loop_.close_tasks();
+  }
+
+  /// Before a turn's answers go out. Only what somebody waits for is waited for here; the worker does the rest.
+  void make_durable() {
+    Storage& storage = broker_.storage;
+    if (options_.mem_only) broker_.metadata_changed = broker_.metadata_awaited = false;
+    if (broker_.metadata_awaited) {
+      Status status;
+      worker_->run_and_wait([&status, json = metadata_to_write(), path = data_path()] { status = replace_file(path, "nsqd.dat", json); });
+      note_metadata(status);
+    } else if (broker_.metadata_changed && !writing_metadata_) {
+      writing_metadata_ = true;
+      worker_->post([this, json = metadata_to_write(), path = data_path()] {
+        loop_.post([this, status = replace_file(path, "nsqd.dat", json)] {
+          writing_metadata_ = false;
+          note_metadata(status);
+        });
+      });
+    }
+    if (!storage.dirty.empty()) {
+      if (options_.sync_every <= 1) sync_now();
+      else if (!syncing_ && (sync_due_ || storage.operations >= static_cast<uint64_t>(options_.sync_every))) sync_later();
+      else if (sync_timer_.due() == kNever && !syncing_ && options_.sync_timeout.count() > 0) sync_timer_.set(saturating_add(broker_.now.steady, options_.sync_timeout.count()));
+    }
+    for (auto& done : std::exchange(after_turn_, {})) done();
+  }
+
+  std::string metadata_to_write() {
+    logger_.say(Level::kInfo, "NSQ: persisting topic/channel metadata to ", data_path(), "/nsqd.dat");
+    broker_.metadata_changed = broker_.metadata_awaited = false;
+    return broker_.metadata().json();
+  }
+  void note_metadata(const Status& status) const {
+    if (!status.ok()) logger_.say(Level::kError, "failed to persist metadata - ", status.error);
+  }
+
+  static Status sync_files(const std::vector<std::string>& paths, const std::string& directory) {
+    Status status;
+    for (auto path = paths.begin(); path != paths.end() && status.ok(); ++path) status = sync_path(*path);
+    return status.ok() && !directory.empty() ? sync_path(directory) : status;
+  }
+  /// What has to be synced now; what is touched from here on belongs to the next time.
+  std::pair<std::vector<std::string>, std::string> take_dirty() {
+    Storage& storage = broker_.storage;
+    ++storage.epoch;
+    storage.operations = 0;
+    sync_due_ = false;
+    sync_timer_.set(kNever);
+    return {std::exchange(storage.dirty, {}), std::exchange(storage.new_names, false) ? data_path() : std::string()};
+  }
+  void sync_now() {
+    const auto [paths, directory] = take_dirty();
+    worker_->run_and_wait([this, paths = paths, directory = directory] { broker_.storage.unsynced = sync_files(paths, directory).error; });
+  }
+  void sync_later() {
+    syncing_ = true;
+    const auto [paths, directory] = take_dirty();
+    worker_->post([this, paths = paths, directory = directory] {
+      const Status status = sync_files(paths, directory);
+      loop_.post([this, status] {
+        syncing_ = false;
+        if (!status.ok()) logger_.say(Level::kError, "failed to sync - ", status.error);
+        broker_.storage.unsynced = status.error;
+      });
+    });
+  }
+
+  /// Listeners, clients, metadata, topics, subsystems: the order in which nsqd ends.
+  void finish() {
+    loop_.close_listeners("TCP");
+    loop_.each_session([](Session& session) {
+      auto* local = dynamic_cast<LocalConsumer*>(&session);
+      if (local == nullptr) return;
+      local->close();
+      if (local->port.consumer != nullptr) local->port.consumer->channel.give_back(*local->port.consumer);
+    });
+    loop_.close_connections();
+    loop_.close_listeners("HTTP");
+    if (!options_.mem_only) worker_->run_and_wait([this, json = metadata_to_write()] { note_metadata(replace_file(data_path(), "nsqd.dat", json)); });
+    logger_.say(Level::kInfo, "NSQ: closing topics");
+    broker_.close();
+    if (!options_.lookupd_tcp_address.empty()) logger_.say(Level::kInfo, "LOOKUP: closing");
+    broker_.on_change = nullptr;
+    cluster_.stop();
+    if (!options_.statsd_address.empty()) logger_.say(Level::kInfo, "STATSD: closing");
+    statsd_timer_.set(kNever);
+  }
+
+  void push_statsd() {
+    statsd_timer_.set(broker_.now.steady + options_.statsd_interval.count());
+    const auto split = split_address(options_.statsd_address);
+    if (!split) return;
+    StatsQuery query;
+    query.include_clients = false;
+    worker_->post([this, split = *split, packets = statsd_.packets(take_stats(host_, query), options_, options_.statsd_prefix)] {
+      std::string why;
+      auto addresses = resolve(split.first, split.second, SOCK_DGRAM, false, why);
+      if (addresses.empty()) return loop_.post([this, why] { logger_.say(Level::kError, "STATSD: ", why); });
+      send_datagrams(addresses.front(), packets);
+    });
+  }
+
+  Options options_;
+  Logger logger_;
+  std::unique_ptr<DirectoryLock> lock_;
+  Broker broker_;
+  Host host_;
+  std::unique_ptr<Worker> worker_;
+  Loop loop_;
+  Cluster cluster_;
+  StatsdFeed statsd_;
+  Timer sync_timer_, statsd_timer_;
+  int tcp_port_ = 0, http_port_ = 0;
+  bool ending_ = false;
+  bool writing_metadata_ = false, syncing_ = false, sync_due_ = false;
+  std::vector<std::function<void()>> after_turn_;
+  std::thread thread_;
+};
+
+inline void Engine::publish(std::string_view topic, const std::string_view* bodies, size_t count, Duration delay) {
+  check_name(topic);
+  for (size_t i = 0; i < count; ++i)
+    if (bodies[i].empty() || bodies[i].size() > static_cast<size_t>(options_.max_msg_size))
+      throw std::invalid_argument(text("a message has 1 to ", options_.max_msg_size, " bytes, not ", bodies[i].size()));
+  if (delay < Duration::zero() || delay > options_.max_req_timeout) throw std::invalid_argument("a delay is from 0 to max_req_timeout");
+  const std::string why = on_loop([this, topic, bodies, count, delay] { return broker_.topic(topic).publish(bodies, count, delay.count()).error; });
+  if (!why.empty()) throw std::runtime_error(why);
+}
+
+template <typename Action>
+bool LocalConsumer::answer(const Message& message, Action&& action) {
+  if (message.id.size() != 16 || is_closed()) return false;
+  return engine->on_loop([this, &message, &action] { return port.consumer != nullptr && action(*port.consumer, MessageId::from(message.id.data())).empty(); });
+}
+
+inline std::shared_ptr<LocalConsumer> Engine::subscribe(const std::string& topic, const std::string& channel, int max_in_flight) {
+  check_name(topic);
+  check_name(channel);
+  auto consumer = std::make_shared<LocalConsumer>();
+  consumer->engine = this;
+  consumer->port.session = consumer.get();
+  consumer->info.client_id = consumer->info.hostname = host_name();
+  consumer->info.address = "@";
+  const std::string why = on_loop([this, consumer, topic, channel, max_in_flight] {
+    Status status;
+    Channel* found = broker_.topic(topic).channel(channel, status);
+    if (found == nullptr) return status.error;
+    loop_.adopt(consumer);
+    found->set_ready(*found->subscribe(consumer->port, consumer->info, options_.msg_timeout, 0), max_in_flight);
+    return std::string();
+  });
+  if (!why.empty()) throw std::runtime_error(why);
+  return consumer;
+}
+
+inline void Engine::unsubscribe(const std::shared_ptr<LocalConsumer>& consumer) {
+  on_loop([consumer] {
+    if (consumer->port.consumer != nullptr) consumer->port.consumer->channel.give_back(*consumer->port.consumer);
+    consumer->port.dropped = true;
+    consumer->port.attend();
+  });
+}
+
+}  // namespace nsqd::detail
+
+namespace nsqd {
+
+inline Subscription::Subscription(Subscription&&) noexcept = default;
+inline Subscription& Subscription::operator=(Subscription&& other) noexcept {
+  std::swap(consumer_, other.consumer_);
+  return *this;
+}
+inline Subscription::~Subscription() {
+  if (consumer_ != nullptr && !consumer_->is_closed()) consumer_->engine->unsubscribe(consumer_);
+}
+
+inline std::optional<Message> Subscription::next(Duration timeout) {
+  std::unique_lock<std::mutex> lock(consumer_->mutex);
+  consumer_->wake.wait_for(lock, timeout, [this] { return consumer_->closed || !consumer_->messages.empty(); });
+  if (consumer_->messages.empty()) return std::nullopt;
+  Message message = std::move(consumer_->messages.front());
+  consumer_->messages.pop_front();
+  return message;
+}
+
+inline bool Subscription::finish(const Message& message) {
+  return consumer_->answer(message, [](detail::Consumer& consumer, const detail::MessageId& id) { return consumer.channel.finish(consumer, id); });
+}
+inline bool Subscription::requeue(const Message& message, Duration delay) {
+  return consumer_->answer(message, [delay](detail::Consumer& consumer, const detail::MessageId& id) {
+    return consumer.channel.requeue(consumer, id, std::clamp<int64_t>(delay.count(), 0, consumer.channel.topic.broker.options.max_req_timeout.count()));
+  });
+}
+inline bool Subscription::touch(const Message& message) {
+  return consumer_->answer(message, [](detail::Consumer& consumer, const detail::MessageId& id) { return consumer.channel.touch(consumer, id, consumer.msg_timeout); });
+}
+
+inline Daemon::Daemon(Options options) : engine_(std::make_unique<detail::Engine>(std::move(options))) {}
+inline Daemon::~Daemon() = default;
+inline void Daemon::start() { engine_->start(); }
+inline void Daemon::stop() { engine_->stop(); }
+inline int Daemon::tcp_port() const { return engine_->tcp_port(); }
+inline int Daemon::http_port() const { return engine_->http_port(); }
+
+inline void Daemon::publish(std::string_view topic, std::string_view body) { engine_->publish(topic, &body, 1, Duration::zero()); }
+inline void Daemon::publish(std::string_view topic, const std::vector<std::string>& bodies) {
+  const std::vector<std::string_view> views(bodies.begin(), bodies.end());
+  engine_->publish(topic, views.data(), views.size(), Duration::zero());
+}
+inline void Daemon::publish_deferred(std::string_view topic, std::string_view body, Duration delay) { engine_->publish(topic, &body, 1, delay); }
+
+inline Subscription Daemon::subscribe(std::string_view topic, std::string_view channel, int max_in_flight) {
+  return Subscription(engine_->subscribe(std::string(topic), std::string(channel), max_in_flight));
+}
+
+inline void Daemon::create_topic(std::string_view topic) {
+  detail::Engine::check_name(topic);
+  engine_->on_loop([this, topic] { engine_->broker().topic(topic); });
+}
+inline void Daemon::create_channel(std::string_view topic, std::string_view channel) {
+  detail::Engine::check_name(topic);
+  detail::Engine::check_name(channel);
+  const std::string why = engine_->on_loop([this, topic, channel] {
+    detail::Status status;
+    static_cast<void>(engine_->broker().topic(topic).channel(channel, status));
+    return status.error;
+  });
+  if (!why.empty()) throw std::runtime_error(why);
+}
+inline bool Daemon::delete_topic(std::string_view topic) {
+  return engine_->with_topic(topic, [](detail::Topic& found) { found.broker.delete_topic(found); });
+}
+inline bool Daemon::empty_topic(std::string_view topic) {
+  return engine_->with_topic(topic, [](detail::Topic& found) { found.empty(); });
+}
+inline bool Daemon::pause_topic(std::string_view topic, bool paused) {
+  return engine_->with_topic(topic, [paused](detail::Topic& found) { found.pause(paused); });
+}
+inline bool Daemon::delete_channel(std::string_view topic, std::string_view channel) {
+  return engine_->with_channel(topic, channel, [](detail::Channel& found) { found.topic.delete_channel(found); });
+}
+inline bool Daemon::empty_channel(std::string_view topic, std::string_view channel) {
+  return engine_->with_channel(topic, channel, [](detail::Channel& found) { found.empty(); });
+}
+inline bool Daemon::pause_channel(std::string_view topic, std::string_view channel, bool paused) {
+  return engine_->with_channel(topic, channel, [paused](detail::Channel& found) { found.pause(paused); });
+}
+inline Stats Daemon::stats() const {
+  return engine_->on_loop([this] { return engine_->stats(); });
+}
+
+}  // namespace nsqd
+
+// ---------------------------------------------------------------------------------------------------------------------
+// [15] Options from flags and file
+//
+// One table names every flag, its key in the config file and in GET /config, its kind and its meaning. Flags are read as Go
+// reads them, the file as the TOML that nsqd's own file uses; a flag wins over the file, the file over the default.
+// ---------------------------------------------------------------------------------------------------------------------
+
+namespace nsqd::detail {
+
+using Texts = std::vector<std::string>;
+using Numbers = std::vector<double>;
+
+/// How a flag is stored. The special ones are words that stand for numbers, and flags that are not settings.
+using Target = std::variant<std::monostate, bool Options::*, int64_t Options::*, Duration Options::*, std::string Options::*, Texts Options::*, Numbers Options::*,
+                            Level Options::*>;
+
+struct Flag {
+  std::string_view name;
+  std::string_view key;  // "=": the name with underscores; empty: none
+  Target target;
+  std::string_view help;
+
+  std::string key_text() const {
+    std::string shown(key == "=" ? name : key);
+    std::replace(shown.begin(), shown.end(), '-', '_');
+    return shown;
+  }
+  bool is_bool() const { return std::holds_alternative<bool Options::*>(target) || name == "tls-required" || (key.empty() && name != "config"); }
+};
+
+inline const std::vector<Flag>& flags() {
+  using O = Options;
+  static const std::vector<Flag> kFlags = {
+      {"version", "", {}, "print the version and exit"},
+      {"config", "", {}, "path of a config file (TOML)"},
+      {"verbose", "", {}, "has no effect; use --log-level"},
+      {"worker-id", "", {}, "has no effect; use --node-id"},
+      {"tcp-address", "=", &O::tcp_address, "where TCP clients connect: <host>:<port>, or the path of a unix socket"},
+      {"http-address", "=", &O::http_address, "where HTTP clients connect, likewise; empty: no HTTP"},
+      {"https-address", "=", &O::https_address, "shown, and not used: there is no TLS here"},
+      {"broadcast-address", "=", &O::broadcast_address, "the name that is told to nsqlookupd (default: the host's name)"},
+      {"broadcast-tcp-port", "=", &O::broadcast_tcp_port, "the TCP port that is told to nsqlookupd (default: the one listened on)"},
+      {"broadcast-http-port", "=", &O::broadcast_http_port, "the HTTP port that is told to nsqlookupd (default: the one listened on)"},
+      {"data-path", "=", &O::data_path, "directory of everything that is kept (default: the current one)"},
+      {"mem-only", "=", &O::mem_only, "keep nothing: no data path, no lock, no files"},
+      {"mem-queue-size", "=", &O::mem_queue_size, "messages that a queue may hold which is in memory only (ephemerals, --mem-only)"},
+      {"max-bytes-per-file", "=", &O::max_bytes_per_file, "largest segment file, in bytes"},
+      {"sync-every", "=", &O::sync_every, "messages and finishes per fsync; 1: a publish is answered after its fsync"},
+      {"sync-timeout", "=", &O::sync_timeout, "fsync at least this often when something changed; 0: never by time"},
+      {"msg-timeout", "=", &O::msg_timeout, "time a consumer has for a message before it is requeued"},
+      {"max-msg-timeout", "=", &O::max_msg_timeout, "longest such time that a client may ask for, and reach by TOUCH"},
+      {"max-msg-size", "=", &O::max_msg_size, "largest message, in bytes"},
+      {"max-body-size", "=", &O::max_body_size, "largest body of a command, in bytes"},
+      {"max-req-timeout", "=", &O::max_req_timeout, "longest delay of REQ, DPUB and defer="},
+      {"max-heartbeat-interval", "=", &O::max_heartbeat_interval, "longest interval between heartbeats that a client may ask for"},
+      {"max-rdy-count", "=", &O::max_rdy_count, "largest RDY"},
+      {"max-output-buffer-size", "=", &O::max_output_buffer_size, "largest output buffer that a client may ask for, in bytes"},
+      {"max-output-buffer-timeout", "=", &O::max_output_buffer_timeout, "longest output buffer timeout that a client may ask for"},
+      {"min-output-buffer-timeout", "=", &O::min_output_buffer_timeout, "shortest one"},
+      {"output-buffer-timeout", "=", &O::output_buffer_timeout, "the one of clients that ask for none"},
+      {"max-channel-consumers", "=", &O::max_channel_consumers, "consumers per channel; 0: no limit"},
+      {"node-id", "id", &O::node_id, "0 to 1023, part of every message id (default: a hash of the host's name)"},
+      {"lookupd-tcp-address", "nsqlookupd_tcp_addresses", &O::lookupd_tcp_address, "an nsqlookupd, <host>:<port> (may be given more than once)"},
+      {"auth-http-address", "auth_http_addresses", &O::auth_http_address, "an auth server, <host>:<port> or URL (may be given more than once)"},
+      {"auth-http-request-method", "=", &O::auth_http_request_method, "how it is asked: get or post"},
+      {"http-client-connect-timeout", "=", &O::http_client_connect_timeout, "to connect to nsqlookupd's HTTP and auth servers"},
+      {"http-client-request-timeout", "=", &O::http_client_request_timeout, "for the whole request"},
+      {"topology-region", "=", &O::topology_region, "region of this daemon"},
+      {"topology-zone", "=", &O::topology_zone, "zone of this daemon"},
+      {"enable-experiment", "=", &O::enable_experiment, "topology-aware-consumption (may be given more than once)"},
+      {"log-level", "=", &O::log_level, "debug, info, warn, error or fatal"},
+      {"log-prefix", "=", &O::log_prefix, "start of each log line"},
+      {"statsd-address", "=", &O::statsd_address, "where statistics are pushed to, <host>:<port>; empty: nowhere"},
+      {"statsd-prefix", "=", &O::statsd_prefix, "start of each metric's name; %s stands for the host and port"},
+      {"statsd-interval", "=", &O::statsd_interval, "time between two pushes"},
+      {"statsd-mem-stats", "=", &O::statsd_mem_stats, "push memory figures"},
+      {"statsd-udp-packet-size", "=", &O::statsd_udp_packet_size, "largest packet, in bytes"},
+      {"statsd-exclude-ephemeral", "=", &O::statsd_exclude_ephemeral, "leave out ephemeral topics and channels"},
+      {"e2e-processing-latency-percentile", "e2e_processing_latency_percentiles", &O::e2e_processing_latency_percentile,
+       "percentiles of the time from publish to finish, each above 0 up to 1, as a comma list (may be given more than once)"},
+      {"e2e-processing-latency-window-time", "=", &O::e2e_processing_latency_window_time, "the time that they are taken over"},
+      {"deflate", "=", &O::deflate, "shown, and not used: clients are told that there is no compression"},
+      {"snappy", "=", &O::snappy, "likewise"},
+      {"max-deflate-level", "=", &O::max_deflate_level, "likewise, 1 to 9"},
+      {"tls-cert", "=", &O::tls_cert, "refused: there is no TLS here"},
+      {"tls-key", "=", &O::tls_key, "refused"},
+      {"tls-root-ca-file", "=", &O::tls_root_ca_file, "refused"},
+      {"tls-client-auth-policy", "=", &O::tls_client_auth_policy, "refused"},
+      {"tls-required", "=", &O::tls_required, "refused, but for false"},
+      {"tls-min-version", "=", &O::tls_min_version, "tls1.0, tls1.1, tls1.2 or tls1.3; shown, and not used"},
+      {"queue-scan-worker-pool-max", "=", &O::queue_scan_worker_pool_max, "shown, and not used: deadlines need no scan here"},
+      {"queue-scan-selection-count", "=", &O::queue_scan_selection_count, "likewise"},
+  };
+  return kFlags;
+}
+
+inline std::optional<Level> parse_level(std::string_view word) {
+  static constexpr std::array<std::string_view, 5> kWords = {"debug", "info", "warn", "error", "fatal"};
+  for (size_t i = 0; i < kWords.size(); ++i)
+    if (same_word(word, kWords[i])) return static_cast<Level>(i + 1);
+  return std::nullopt;
+}
+
+inline std::optional<bool> parse_bool(std::string_view word) {
+  for (std::string_view yes : {"1", "t", "T", "true", "True", "TRUE"})
+    if (word == yes) return true;
+  for (std::string_view no : {"0", "f", "F", "false", "False", "FALSE"})
+    if (word == no) return false;
+  return std::nullopt;
+}
+
+/// An integer as Go's strconv reads it with base 0: sign, 0x 0o 0b or leading 0, underscores between digits.
+inline std::optional<int64_t> parse_int(std::string_view word, std::string& why) {
+  why = "parse error";
+  const bool negative = !word.empty() && word[0] == '-';
+  if (!word.empty() && (word[0] == '-' || word[0] == '+')) word.remove_prefix(1);
+  uint64_t base = 10;
+  bool after_digit = false;  // so that an underscore may follow
+  if (word.size() > 1 && word[0] == '0') {
+    const char kind = lower(word[1]);
+    base = kind == 'x' ? 16 : kind == 'b' ? 2 : 8;
+    word.remove_prefix(kind == 'x' || kind == 'b' || kind == 'o' ? 2 : 1);
+    after_digit = true;
+  }
+  if (word.empty() || word.back() == '_') return std::nullopt;
+  uint64_t number = 0;
+  for (char c : word) {
+    const size_t digit = std::string_view("0123456789abcdef").find(lower(c));
+    if (c == '_' && after_digit) {
+      after_digit = false;
+      continue;
+    }
+    if (digit >= base) return std::nullopt;
+    after_digit = true;
+    if (__builtin_mul_overflow(number, base, &number) || __builtin_add_overflow(number, digit, &number)) return why = "value out of range", std::nullopt;
+  }
+  if (number > static_cast<uint64_t>(std::numeric_limits<int64_t>::max()) + (negative ? 1 : 0)) return why = "value out of range", std::nullopt;
+  return negative ? static_cast<int64_t>(~number + 1) : static_cast<int64_t>(number);
+}
+
+/// A duration as Go reads it: a sign, then numbers with units; only 0 goes without.
+inline std::optional<int64_t> parse_duration(std::string_view word) {
+  const bool negative = !word.empty() && word[0] == '-';
+  if (!word.empty() && (word[0] == '-' || word[0] == '+')) word.remove_prefix(1);
+  if (word == "0") return 0;
+  if (word.empty()) return std::nullopt;
+  static constexpr std::array<std::pair<std::string_view, int64_t>, 8> kUnits = {
+      {{"ns", 1}, {"us", kMicrosecond}, {"\xC2\xB5s", kMicrosecond}, {"\xCE\xBCs", kMicrosecond}, {"ms", kMillisecond}, {"s", kSecond}, {"m", 60 * kSecond}, {"h", 3600 * kSecond}}};
+  int64_t total = 0;
+  while (!word.empty()) {
+    const std::string_view whole = word.substr(0, std::min(word.size(), word.find_first_not_of("0123456789")));
+    word.remove_prefix(whole.size());
+    std::string_view fraction;
+    if (!word.empty() && word[0] == '.') {
+      word.remove_prefix(1);
+      fraction = word.substr(0, std::min(word.size(), word.find_first_not_of("0123456789")));
+      word.remove_prefix(fraction.size());
+    }
+    if (whole.empty() && fraction.empty()) return std::nullopt;
+    const std::string_view name = word.substr(0, std::min(word.size(), word.find_first_of("0123456789.")));
+    word.remove_prefix(name.size());
+    const auto* unit = std::find_if(kUnits.begin(), kUnits.end(), [&](const auto& u) { return u.first == name; });
+    const auto count = whole.empty() ? std::optional<int64_t>(0) : decimal(whole);
+    int64_t part = 0;
+    if (unit == kUnits.end() || !count || __builtin_mul_overflow(*count, unit->second, &part) || __builtin_add_overflow(total, part, &total)) return std::nullopt;
+    double scale = static_cast<double>(unit->second);
+    for (char c : fraction) total += static_cast<int64_t>((c - '0') * (scale /= 10));
+  }
+  return negative ? -total : total;
+}
+
+inline std::vector<std::string> split_at_commas(const std::string& list) {
+  std::vector<std::string> parts(1);
+  for (char c : list) {
+    if (c == ',') parts.emplace_back();
+    else parts.back() += c;
+  }
+  return parts;
+}
+
+inline Numbers parse_percentiles(const std::vector<std::string>& words) {
+  Numbers numbers;
+  for (const std::string& word : words) {
+    char* end = nullptr;
+    const double number = std::strtod(word.c_str(), &end);
+    if (word.empty() || *end != '\0') throw std::runtime_error(text("Could not parse: ", word));
+    numbers.push_back(number);
+  }
+  return numbers;
+}
+
+/// Sets an option from a word. Returns why that is not possible.
+inline std::string set_option(Options& options, const Flag& flag, const std::string& word) {
+  std::string why;
+  if (flag.name == "tls-min-version") {
+    static constexpr std::array<std::string_view, 4> kVersions = {"tls1.0", "tls1.1", "tls1.2", "tls1.3"};
+    const auto* found = std::find(kVersions.begin(), kVersions.end(), lower(word));
+    if (found == kVersions.end() && !word.empty()) return "unknown TLS version";
+    options.tls_min_version = 769 + (word.empty() ? 0 : found - kVersions.begin());
+  } else if (flag.name == "tls-required") {
+    const auto yes = parse_bool(word);
+    if (!yes && word != "tcp-https") return "parse error";
+    options.tls_required = !yes ? 1 : *yes ? 2 : 0;
+  } else if (auto* boolean = std::get_if<bool Options::*>(&flag.target)) {
+    const auto yes = parse_bool(word);
+    if (!yes) return "parse error";
+    options.**boolean = *yes;
+  } else if (auto* integer = std::get_if<int64_t Options::*>(&flag.target)) {
+    const auto number = parse_int(word, why);
+    if (!number) return why;
+    options.**integer = *number;
+  } else if (auto* duration = std::get_if<Duration Options::*>(&flag.target)) {
+    const auto time = parse_duration(word);
+    if (!time) return "parse error";
+    options.**duration = Duration(*time);
+  } else if (auto* level = std::get_if<Level Options::*>(&flag.target)) {
+    const auto parsed = parse_level(word);
+    if (!parsed) return text("invalid log level: ", word, " (debug, info, warn, error, fatal)");
+    options.**level = *parsed;
+  } else if (auto* list = std::get_if<Texts Options::*>(&flag.target)) {
+    (options.**list).push_back(word);
+  } else if (auto* numbers = std::get_if<Numbers Options::*>(&flag.target)) {
+    for (double number : parse_percentiles(split_at_commas(word))) (options.**numbers).push_back(number);
+  } else if (auto* string = std::get_if<std::string Options::*>(&flag.target)) {
+    options.**string = word;
+  }
+  return {};
+}
+
+inline std::optional<ShownOption> show_option(const Options& options, std::string_view key) {
+  for (const Flag& flag : flags()) {
+    if (flag.key.empty() || flag.key_text() != key) continue;
+    JsonWriter json;
+    if (auto* boolean = std::get_if<bool Options::*>(&flag.target)) json.value(options.**boolean);
+    else if (auto* integer = std::get_if<int64_t Options::*>(&flag.target)) json.value(options.**integer);
+    else if (auto* duration = std::get_if<Duration Options::*>(&flag.target)) json.value(static_cast<int64_t>((options.**duration).count()));
+    else if (auto* level = std::get_if<Level Options::*>(&flag.target)) json.value(static_cast<int>(options.**level));
+    else if (auto* list = std::get_if<Texts Options::*>(&flag.target)) json.value(options.**list);
+    else if (auto* string = std::get_if<std::string Options::*>(&flag.target)) return ShownOption{options.**string, false};
+    else if (auto* numbers = std::get_if<Numbers Options::*>(&flag.target)) {
+      json.open('[');
+      for (double number : options.**numbers) json.value(number);
+      json.close(']');
+    }
+    return ShownOption{json.out};
+  }
+  return std::nullopt;
+}
+
+// ---- The command line --------------------------------------------------------------------------------------------------
+
+inline std::string usage() {
+  std::string out = text("nsqd ", kVersion, " - an NSQ message queue daemon that speaks the protocols of nsqd ", kProtocolVersion, "\n\nUsage: nsqd [--flag=value ...]\n\n",
+                         "A flag may have one dash or two, and its value may follow as the next word, but for those that are true or false.\n"
+                         "Durations are numbers with units (1h30m, 250ms). A config file has the same settings, with _ for -.\n\nFlags:\n");
+  const Options defaults;
+  for (const Flag& flag : flags()) {
+    const auto shown = flag.key.empty() ? std::nullopt : show_option(defaults, flag.key_text());
+    std::string value = shown ? shown->value : "";
+    if (const auto* duration = std::get_if<Duration Options::*>(&flag.target)) value = duration_text((defaults.**duration).count());
+    if (std::holds_alternative<Level Options::*>(flag.target)) value = "info";
+    if (flag.name == "tls-min-version") value = "tls1.0";
+    const bool says_so = value.empty() || value == "[]" || flag.help.find("default:") != flag.help.npos;
+    out += text("  --", flag.name, "\n        ", flag.help, says_so ? "" : text(" (default ", value, ")"), "\n");
+  }
+  return out;
+}
+
+/// The number of letters to change, add or take away between two words.
+inline size_t distance(std::string_view a, std::string_view b) {
+  std::vector<size_t> row(b.size() + 1);
+  for (size_t j = 0; j <= b.size(); ++j) row[j] = j;
+  for (size_t i = 0; i < a.size(); ++i) {
+    size_t diagonal = std::exchange(row[0], i + 1);
+    for (size_t j = 0; j < b.size(); ++j) diagonal = std::exchange(row[j + 1], std::min({row[j + 1] + 1, row[j] + 1, diagonal + (a[i] != b[j])}));
+  }
+  return row[b.size()];
+}
+
+inline const Flag* find_flag(std::string_view name) {
+  const auto found = std::find_if(flags().begin(), flags().end(), [&](const Flag& flag) { return flag.name == name; });
+  return found == flags().end() ? nullptr : &*found;
+}
+
+[[noreturn]] inline void refuse_flag(const std::string& why) { throw EarlyExit(2, text(why, "\nnsqd --help lists all flags")); }
+
+[[noreturn]] inline void refuse_unknown_flag(const std::string& name) {
+  const auto nearest = std::min_element(flags().begin(), flags().end(), [&](const Flag& a, const Flag& b) { return distance(a.name, name) < distance(b.name, name); });
+  const bool near = distance(nearest->name, name) <= 1 + name.size() / 4;
+  throw EarlyExit(2, text("flag provided but not defined: -", name, near ? text("\ndid you mean --", nearest->name, "?") : "\nnsqd --help lists all flags"));
+}
+
+using GivenFlags = std::vector<std::pair<const Flag*, std::string>>;
+
+/// Reads the flags as Go's flag package does: up to the first word that is none.
+inline GivenFlags parse_flags(int argc, const char* const* argv) {
+  GivenFlags given;
+  for (int i = 1; i < argc; ++i) {
+    const std::string word = argv[i];
+    if (word.size() < 2 || word[0] != '-' || word == "--") break;
+    const std::string body = word.substr(word[1] == '-' ? 2 : 1);
+    if (body.empty() || body[0] == '-' || body[0] == '=') refuse_flag(text("bad flag syntax: ", word));
+    const size_t equals = body.find('=');
+    const std::string name = body.substr(0, equals);
+    if (name == "help" || name == "h") throw EarlyExit(0, usage(), true);
+    const Flag* flag = find_flag(name);
+    if (flag == nullptr) refuse_unknown_flag(name);
+    std::string value = equals == body.npos ? "true" : body.substr(equals + 1);
+    if (equals == body.npos && !flag->is_bool()) {
+      if (++i >= argc) refuse_flag(text("flag needs an argument: -", name));
+      value = argv[i];
+    }
+    given.emplace_back(flag, value);
+  }
+  return given;
+}
+
+inline void apply_flags(Options& options, const GivenFlags& given) {
+  std::set<const Flag*> seen;
+  for (const auto& [flag, word] : given) {
+    if (seen.insert(flag).second) {  // the lists of the file are not added to
+      if (auto* list = std::get_if<Texts Options::*>(&flag->target)) (options.**list).clear();
+      if (auto* numbers = std::get_if<Numbers Options::*>(&flag->target)) (options.**numbers).clear();
+    }
+    if (flag->key.empty() && flag->is_bool() && !parse_bool(word)) refuse_flag(text("invalid boolean value \"", word, "\" for -", flag->name, ": parse error"));
+    const std::string why = set_option(options, *flag, word);
+    if (why.empty()) continue;
+    if (flag->is_bool()) refuse_flag(text("invalid boolean value \"", word, "\" for -", flag->name, ": ", why));
+    refuse_flag(text("invalid value \"", word, "\" for flag -", flag->name, ": ", why));
+  }
+  if (seen.count(find_flag("e2e-processing-latency-percentile")) > 0)
+    std::sort(options.e2e_processing_latency_percentile.begin(), options.e2e_processing_latency_percentile.end(), std::greater<>());
+}
+
+// ---- The config file ---------------------------------------------------------------------------------------------------
+
+/// A value of the config file.
+struct TomlValue {
+  enum class Type { kString, kInteger, kFloat, kBool, kArray, kOther };
+  Type type = Type::kOther;
+  std::string text;  // of a string; else as written
+  std::vector<TomlValue> items;
+  size_t line = 0;
+};
+
+/// The top-level keys of a TOML file; tables are read over, dates are taken for text. Throws, naming the line.
+class TomlParser {
+ public:
+  explicit TomlParser(std::string_view input) : input_(input) {}
+
+  std::map<std::string, TomlValue> parse() {
+    std::map<std::string, TomlValue> values;
+    std::set<std::string> seen;
+    std::string table;
+    for (skip_blank(true); at_ < input_.size(); skip_blank(true)) {
+      if (input_[at_] == '[') {
+        table = parse_header();
+      } else {
+        const std::string key = parse_key();
+        if (!take('=')) fail(detail::text("expected '=' after ", key));
+        TomlValue value = parse_value(0);
+        if (!seen.insert(table + key).second) fail(detail::text("key ", key, " is given twice"));
+        if (table.empty()) values.emplace(key, std::move(value));
+      }
+      end_of_line();
+    }
+    return values;
+  }
+
+ private:
+  [[noreturn]] void fail(const std::string& why) const {
+    throw std::runtime_error(detail::text("line ", 1 + std::count(input_.begin(), input_.begin() + static_cast<std::ptrdiff_t>(std::min(at_, input_.size())), '\n'), ": ", why));
+  }
+  void skip_blank(bool over_lines) {
+    while (at_ < input_.size()) {
+      const char c = input_[at_];
+      if (c == '#') at_ = std::min(input_.find('\n', at_), input_.size());
+      else if (c == ' ' || c == '\t' || (over_lines && (c == '\n' || c == '\r'))) ++at_;
+      else return;
+    }
+  }
+  bool take(char c, bool over_lines = false) {
+    skip_blank(over_lines);
+    if (at_ >= input_.size() || input_[at_] != c) return false;
+    ++at_;
+    return true;
+  }
+  void end_of_line() {
+    skip_blank(false);
+    if (at_ < input_.size() && input_[at_] == '\r') ++at_;
+    if (at_ < input_.size() && input_[at_] != '\n') fail("expected the end of the line");
+  }
+  std::string parse_header() {
+    ++at_;
+    const bool array = take('[');
+    const std::string name = parse_key();
+    if (!take(']') || (array && !take(']'))) fail("expected ']'");
+    return array ? detail::text(name, "[", at_, "].") : name + ".";
+  }
+  std::string parse_key() {
+    std::string key;
+    do {
+      skip_blank(false);
+      if (!key.empty()) key += '.';
+      if (at_ < input_.size() && (input_[at_] == '"' || input_[at_] == '\'')) {
+        key += parse_string();
+        continue;
+      }
+      const size_t begin = at_;
+      while (at_ < input_.size() && (std::isalnum(static_cast<unsigned char>(input_[at_])) != 0 || input_[at_] == '_' || input_[at_] == '-')) ++at_;
+      if (at_ == begin) fail("expected a key");
+      key += input_.substr(begin, at_ - begin);
+    } while (take('.'));
+    return key;
+  }
+  TomlValue parse_value(int depth) {
+    skip_blank(false);
+    TomlValue value;
+    value.line = 1 + static_cast<size_t>(std::count(input_.begin(), input_.begin() + static_cast<std::ptrdiff_t>(at_), '\n'));
+    if (depth > 16) fail("nested too deeply");
+    if (at_ >= input_.size()) fail("expected a value");
+    if (input_[at_] == '"' || input_[at_] == '\'') {
+      value.text = parse_string();
+      value.type = TomlValue::Type::kString;
+    } else if (take('[')) {
+      value.type = TomlValue::Type::kArray;
+      while (!take(']', true)) {
+        value.items.push_back(parse_value(depth + 1));
+        if (take(',', true)) skip_blank(true);
+        else if (!take(']', true)) fail("expected ',' or ']'");
+        else break;
+      }
+    } else if (take('{')) {
+      while (!take('}')) {
+        parse_key();
+        if (!take('=')) fail("expected '='");
+        parse_value(depth + 1);
+        if (!take(',') && (at_ >= input_.size() || input_[at_] != '}')) fail("expected ',' or '}'");
+      }
+    } else {
+      parse_bare(value);
+    }
+    return value;
+  }
+  void parse_bare(TomlValue& value) {
+    const size_t begin = at_;
+    while (at_ < input_.size() && std::string_view(" \t\r\n,]}#").find(input_[at_]) == std::string_view::npos) ++at_;
+    value.text = input_.substr(begin, at_ - begin);
+    std::string why;
+    std::string plain = value.text;
+    plain.erase(std::remove(plain.begin(), plain.end(), '_'), plain.end());
+    char* end = nullptr;
+    std::strtod(plain.c_str(), &end);
+    if (value.text == "true" || value.text == "false") value.type = TomlValue::Type::kBool;
+    else if (parse_int(value.text, why) && !(plain.size() > 1 && plain[0] == '0' && plain[1] >= '0' && plain[1] <= '9')) value.type = TomlValue::Type::kInteger;
+    else if (!plain.empty() && *end == '\0' && plain.find_first_of("xX") == plain.npos) value.type = TomlValue::Type::kFloat;
+    else if (value.text.empty() || value.text[0] < '0' || value.text[0] > '9') fail(detail::text("not a value: ", value.text.empty() ? "nothing" : value.text, " (texts stand in quotes)"));
+  }
+  std::string parse_string() {
+    const char quote = input_[at_];
+    const std::string triple(3, quote);
+    const bool lines = input_.substr(at_, 3) == triple;
+    at_ += lines ? 3 : 1;
+    if (lines && at_ < input_.size() && input_[at_] == '\n') ++at_;
+    std::string out;
+    for (;;) {
+      if (at_ >= input_.size() || (!lines && input_[at_] == '\n')) fail("a text is not closed");
+      if (lines ? input_.substr(at_, 3) == triple : input_[at_] == quote) break;
+      if (input_[at_] == '\\' && quote == '"') parse_escape(out);
+      else out += input_[at_++];
+    }
+    at_ += lines ? 3 : 1;
+    return out;
+  }
+  void parse_escape(std::string& out) {
+    static constexpr std::string_view kFrom = "btnfr\"\\", kTo = "\b\t\n\f\r\"\\";
+    const char c = at_ + 1 < input_.size() ? input_[at_ + 1] : ' ';
+    at_ += 2;
+    if (const size_t which = kFrom.find(c); which != kFrom.npos) {
+      out += kTo[which];
+    } else if (c == 'u' || c == 'U') {
+      const std::string digits(input_.substr(std::min(at_, input_.size()), c == 'u' ? 4 : 8));
+      char* end = nullptr;
+      const unsigned long code = std::strtoul(digits.c_str(), &end, 16);
+      if (digits.size() != (c == 'u' ? 4 : 8) || *end != '\0' || code > 0x10FFFF) fail("a bad \\u escape in a text");
+      JsonParser::append_utf8(out, static_cast<uint32_t>(code));
+      at_ += digits.size();
+    } else {
+      fail(detail::text("an unknown escape \\", std::string(1, c), " in a text"));
+    }
+  }
+  std::string_view input_;
+  size_t at_ = 0;
+};
+
+/// Turns a value of the file into an option, with nsqd's rules: an integer is a duration in milliseconds, and, as a truth
+/// value, the opposite of what one would think.
+inline std::string apply_value(Options& options, const Flag& flag, const TomlValue& value) {
+  using Type = TomlValue::Type;
+  const bool is_text = value.type == Type::kString, is_integer = value.type == Type::kInteger;
+  const std::string wrong = "is of the wrong type";
+  std::string why;
+  if (auto* list = std::get_if<Texts Options::*>(&flag.target)) {
+    (options.**list).clear();
+    if (is_text) options.**list = value.text.empty() ? Texts() : split_at_commas(value.text);
+    else if (value.type != Type::kArray) return wrong;
+    for (const TomlValue& item : value.items) {
+      if (item.type != Type::kString) return wrong;
+      (options.**list).push_back(item.text);
+    }
+    return {};
+  }
+  if (auto* numbers = std::get_if<Numbers Options::*>(&flag.target)) {
+    std::vector<std::string> words = is_text ? split_at_commas(value.text) : std::vector<std::string>();
+    if (!is_text && value.type != Type::kArray) return wrong;
+    for (const TomlValue& item : value.items) {
+      if (item.type != Type::kFloat) return "needs numbers with a point, like 1.0";
+      words.push_back(item.text);
+    }
+    options.**numbers = parse_percentiles(words);
+    return {};
+  }
+  if (std::holds_alternative<Duration Options::*>(flag.target)) {
+    if (!is_text && !is_integer) return wrong;
+    return set_option(options, flag, is_integer ? value.text + "ms" : value.text);
+  }
+  if (flag.is_bool()) {
+    if (is_integer) return set_option(options, flag, parse_int(value.text, why) == 0 ? "true" : "false");
+    return is_text || value.type == Type::kBool ? set_option(options, flag, value.text) : wrong;
+  }
+  if (std::holds_alternative<int64_t Options::*>(flag.target) && flag.name != "tls-min-version") {
+    if (is_text && !decimal(value.text, true)) return "is no number";
+    return is_text || is_integer ? set_option(options, flag, value.text) : wrong;
+  }
+  return is_text ? set_option(options, flag, value.text) : wrong;
+}
+
+inline void apply_file(Options& options, const std::string& path) {
+  auto refuse = [&path](const std::string& why) { throw std::runtime_error(text("failed to load config file ", path, " - ", why)); };
+  try {
+    const auto content = read_file(path);
+    if (!content) refuse("no such file");
+    for (const auto& [key, value] : TomlParser(*content).parse()) {
+      for (const Flag& flag : flags()) {
+        if (flag.key.empty() || flag.key_text() != key) continue;
+        const std::string why = apply_value(options, flag, value);
+        if (!why.empty()) refuse(text("line ", value.line, ": ", key, " = ", value.text, " ", why));
+      }
+    }
+  } catch (const std::runtime_error& error) {
+    if (std::string_view(error.what()).substr(0, 14) == "failed to load") throw;
+    refuse(error.what());
+  }
+}
+
+inline void complete_options(Options& options) {
+  auto need = [](bool good, const std::string& otherwise) {
+    if (!good) throw std::runtime_error("failed to instantiate nsqd - " + otherwise);
+  };
+  if (options.node_id == Options::kFromHostName) options.node_id = crc32(md5(host_name())) % 1024;
+  if (options.broadcast_address.empty()) options.broadcast_address = host_name();
+  need(options.tls_cert.empty() && options.tls_key.empty() && options.tls_root_ca_file.empty() && options.tls_client_auth_policy.empty() && options.tls_required == 0,
+       "there is no TLS in this daemon, so it does not start with --tls-cert, --tls-key, --tls-root-ca-file, --tls-client-auth-policy or --tls-required; "
+       "leave them out, or put a proxy that ends TLS before it");
+  need(options.max_deflate_level >= 1 && options.max_deflate_level <= 9, "--max-deflate-level must be [1,9]");
+  need(options.node_id >= 0 && options.node_id < 1024, "--node-id must be [0,1024)");
+  need(options.auth_http_request_method == "get" || options.auth_http_request_method == "post", "--auth-http-request-method must be post or get");
+  for (double percentile : options.e2e_processing_latency_percentile)
+    need(percentile > 0 && percentile <= 1, text("invalid E2E processing latency percentile: ", percentile, " (must be above 0 and at most 1)"));
+  need(options.mem_queue_size >= 0, "--mem-queue-size must not be negative");
+  need(options.sync_timeout >= Duration::zero(), "--sync-timeout must not be negative");
+  need(options.output_buffer_timeout > Duration::zero(), "--output-buffer-timeout must be above 0");
+  need(options.statsd_interval > std::chrono::seconds(1), "--statsd-interval must be above 1s");
+  need(options.e2e_processing_latency_window_time > Duration::zero(), "--e2e-processing-latency-window-time must be above 0");
+  need(options.queue_scan_selection_count > 0, "--queue-scan-selection-count must be above 0");
+  need(options.max_bytes_per_file > 0, "--max-bytes-per-file must be above 0");
+  need(options.max_msg_size > 0 && options.max_msg_size <= static_cast<int64_t>(kLargestSegment / 2), text("--max-msg-size must be [1,", kLargestSegment / 2, "]"));
+  need(options.max_body_size > 0 && options.max_body_size <= std::numeric_limits<int32_t>::max(), "--max-body-size must be [1,2147483647]");
+  need(options.msg_timeout > Duration::zero() && options.max_msg_timeout > Duration::zero(), "--msg-timeout and --max-msg-timeout must be above 0");
+  need(options.max_req_timeout >= Duration::zero(), "--max-req-timeout must not be negative");
+}
+
+}  // namespace nsqd::detail
+
+namespace nsqd {
+
+inline Options options_from(int argc, const char* const* argv) {
+  using namespace detail;
+  const GivenFlags given = parse_flags(argc, argv);
+  std::string config;
+  for (const auto& [flag, word] : given) {
+    if (flag->name == "version" && parse_bool(word).value_or(false)) throw EarlyExit(0, build_text(), true);
+    if (flag->name == "config") config = word;
+  }
+  Options options;
+  Options checked;
+  apply_flags(checked, given);  // a wrong flag is said before a wrong file
+  if (!config.empty()) apply_file(options, config);
+  apply_flags(options, given);
+  return options;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// [16] Run
+//
+// How a program starts and stops: init, start, wait, stop. The only part that knows signals.
+// Always: a signal that comes after run() has begun is seen exactly once, whatever the service is doing then.
+// ---------------------------------------------------------------------------------------------------------------------
+
+inline int run(Service& service, int argc, const char* const* argv, std::initializer_list<int> signals) {
+  sigset_t awaited;
+  ::sigemptyset(&awaited);
+  for (int number : signals) ::sigaddset(&awaited, number);
+  sigset_t blocked = awaited;
+  ::sigaddset(&blocked, SIGXFSZ);  // a file that may not grow is an error of the write, and no end of the process
+  ::pthread_sigmask(SIG_BLOCK, &blocked, nullptr);  // threads that the service starts inherit this
+  const pthread_t waiting = ::pthread_self();
+  const int end_signal = *signals.begin();
+  try {
+    service.init({argc, argv, [waiting, end_signal] { ::pthread_kill(waiting, end_signal); }});
+    service.start();
+  } catch (const EarlyExit& exit) {
+    std::fprintf(exit.to_stdout ? stdout : stderr, "%s\n", exit.what());
+    return exit.status;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", detail::Logger::line("[nsqd] ", Level::kFatal, error.what()).c_str());
+    return 1;
+  }
+  int caught = 0;
+  while (::sigwait(&awaited, &caught) != 0) {
+  }
+  return service.stop();
+}
+
+}  // namespace nsqd
+
+#endif  // NSQD_HPP

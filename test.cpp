@@ -1,0 +1,3486 @@
+// Tests of nsqd.hpp and of the program that main.cpp makes of it: real sockets, real files, real signals.
+//
+//   ./test             all of them                      NSQD_BIN        the program to test (default: nsqd beside ./test)
+//   ./test word …      those whose name has the word    TEST_JOBS       how many run at a time (default 4)
+//                                                       TEST_PATIENCE   a factor for all time limits (default 1)
+//                                                       KILL_ROUNDS     rounds of each kill test (default 3)
+//
+// Each test is a process of its own, with a folder of its own and a time limit: a crash fails one test. Nothing waits for
+// a fixed time, all wait for a condition. What nsqd 1.3.0 answers word for word is checked elsewhere; here is what a
+// user relies on.
+
+#include "nsqd.hpp"
+
+#include <arpa/inet.h>
+#include <dirent.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#ifdef __linux__
+#include <sched.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <cctype>
+#include <cerrno>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <future>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <type_traits>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+namespace {
+
+// =====================================================================================================================
+// Framework
+// =====================================================================================================================
+
+using namespace std::chrono_literals;
+using Clock = std::chrono::steady_clock;
+using Strings = std::vector<std::string>;
+
+struct Failed : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+struct Skipped : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct Test {
+  const char* name;
+  void (*body)();
+};
+std::vector<Test>& tests() {
+  static std::vector<Test> all;
+  return all;
+}
+struct Register {
+  Register(const char* name, void (*body)()) { tests().push_back({name, body}); }
+};
+#define TEST(name)                             \
+  void name();                                 \
+  const Register register_##name(#name, name); \
+  void name()
+
+[[noreturn]] void fail(int line, const std::string& what) {
+  throw Failed("test.cpp:" + std::to_string(line) + ": " + what);
+}
+
+// A value as it is shown in a failure: texts in quotes, with their odd bytes as \xNN, and cut where they get long.
+std::string show(std::string_view text) {
+  std::string out = "\"";
+  for (const char c : text.substr(0, 400)) {
+    char hex[8];
+    std::snprintf(hex, sizeof hex, "\\x%02x", static_cast<unsigned char>(c));
+    out += c >= ' ' && c <= '~' ? std::string(1, c) : c == '\n' ? "\\n" : hex;
+  }
+  return out + (text.size() > 400 ? "\" … " + std::to_string(text.size()) + " bytes" : "\"");
+}
+template <class T>
+std::string show(const T& value) {
+  if constexpr (std::is_convertible_v<T, std::string_view>) return show(std::string_view(value));
+  else if constexpr (std::is_arithmetic_v<T>) return std::to_string(value);
+  else {
+    std::string out = "[" + std::to_string(value.size()) + "]";
+    for (const auto& item : value) out += out.size() < 1000 ? " " + show(item) : "";
+    return out;
+  }
+}
+template <class A, class B>
+bool same(const A& a, const B& b) {
+  if constexpr (std::is_integral_v<A> && std::is_integral_v<B>)
+    return static_cast<int64_t>(a) == static_cast<int64_t>(b);
+  else return a == b;
+}
+template <class A, class B>
+void check_eq(const A& a, const B& b, const char* text, int line) {
+  if (!same(a, b)) fail(line, std::string(text) + "\n    left:  " + show(a) + "\n    right: " + show(b));
+}
+#define CHECK(condition) ((condition) ? void() : fail(__LINE__, "not so: " #condition))
+#define CHECK_EQ(a, b) check_eq(a, b, #a " == " #b, __LINE__)
+#define CHECK_HAS(text, part) \
+  (std::string(text).find(part) != std::string::npos ? void() : fail(__LINE__, show(part) + " is not in " + show(text)))
+#define CHECK_THROWS(type, statement)                                      \
+  do {                                                                     \
+    bool thrown_ = false;                                                  \
+    try {                                                                  \
+      statement;                                                           \
+    } catch (const type&) {                                                \
+      thrown_ = true;                                                      \
+    }                                                                      \
+    if (!thrown_) fail(__LINE__, "does not throw " #type ": " #statement); \
+  } while (false)
+
+double number_from_environment(const char* name, double otherwise) {
+  const char* value = std::getenv(name);
+  return value != nullptr && *value != '\0' ? std::atof(value) : otherwise;
+}
+
+// How long a condition may take to come true. Only a failing test ever waits that long.
+std::chrono::milliseconds patience() {
+  return std::chrono::milliseconds(static_cast<int64_t>(20000 * number_from_environment("TEST_PATIENCE", 1)));
+}
+template <class Condition>
+void eventually(Condition condition, const char* text, int line) {
+  const auto end = Clock::now() + patience();
+  while (!condition()) {
+    if (Clock::now() > end) fail(line, std::string("never came true: ") + text);
+    std::this_thread::sleep_for(2ms);
+  }
+}
+#define EVENTUALLY(condition) eventually([&] { return (condition); }, #condition, __LINE__)
+
+std::string g_folder;   // of the running test
+std::string g_program;  // the daemon's path
+
+std::string folder(const std::string& name) {
+  std::filesystem::create_directories(g_folder + "/" + name);
+  return g_folder + "/" + name;
+}
+
+// In the child: the test, with its words on standard error. 0 passed, 1 failed, 77 skipped.
+int run_here(const Test& test) {
+  try {
+    test.body();
+    return 0;
+  } catch (const Skipped& reason) {
+    std::fprintf(stderr, "%s\n", reason.what());
+    return 77;
+  } catch (const std::exception& failure) {
+    std::fprintf(stderr, "%s\n", failure.what());
+    return 1;
+  }
+}
+
+struct Running {
+  const Test* test;
+  pid_t pid;
+  std::string folder;
+  Clock::time_point started;
+};
+
+Running launch(const Test& test, const std::string& base) {
+  Running run{&test, 0, base + "/" + test.name, Clock::now()};
+  std::filesystem::create_directories(run.folder);
+  std::fflush(nullptr);
+  run.pid = fork();
+  if (run.pid != 0) return run;
+  setpgid(0, 0);  // so that one kill ends the test and every daemon that it started
+#ifdef __linux__
+  prctl(PR_SET_PDEATHSIG, SIGKILL);
+#endif
+  const int output = open((run.folder + "/output").c_str(), O_CREAT | O_WRONLY | O_APPEND | O_CLOEXEC, 0600);
+  dup2(output, STDOUT_FILENO);
+  dup2(output, STDERR_FILENO);
+  g_folder = run.folder;
+  std::exit(run_here(test));
+}
+
+std::string read_file(const std::string& path) {
+  std::ifstream in(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
+}
+
+// After the end of a test's process: says how it went, removes what it left. 0 passed, 1 failed, 77 skipped.
+int finish(const Running& run, int wait_status) {
+  kill(-run.pid, SIGKILL);
+  const double seconds = std::chrono::duration<double>(Clock::now() - run.started).count();
+  const int status = WIFEXITED(wait_status) ? WEXITSTATUS(wait_status) : 1;
+  const std::string output = read_file(run.folder + "/output");
+  std::printf("%s %s (%.2f s)\n", status == 0 ? "ok  " : status == 77 ? "skip" : "FAIL", run.test->name, seconds);
+  if (status != 0) std::printf("%s", output.c_str());
+  if (WIFSIGNALED(wait_status)) std::printf("  ended by signal %d\n", WTERMSIG(wait_status));
+  if (status != 0 && status != 77) std::printf("  again: ./test %s\n", run.test->name);
+  std::fflush(stdout);
+  std::error_code ignored;
+  if (std::getenv("TEST_KEEP") == nullptr) std::filesystem::remove_all(run.folder, ignored);
+  return status;
+}
+
+int run_all(const std::vector<const Test*>& chosen) {
+  const char* root = std::getenv("TMPDIR");
+  std::string base = std::string(root != nullptr ? root : "/tmp") + "/nsqd-test.XXXXXX";
+  if (mkdtemp(base.data()) == nullptr) return std::perror(base.c_str()), 1;
+  const size_t jobs = static_cast<size_t>(std::max(1.0, number_from_environment("TEST_JOBS", 4)));
+  std::vector<Running> running;
+  std::map<int, int> count;
+  for (size_t next = 0; next < chosen.size() || !running.empty();) {
+    while (running.size() < jobs && next < chosen.size()) running.push_back(launch(*chosen[next++], base));
+    for (size_t i = 0; i < running.size();) {
+      int status = 0;
+      if (Clock::now() > running[i].started + 3 * patience()) kill(running[i].pid, SIGKILL);
+      if (waitpid(running[i].pid, &status, WNOHANG) != running[i].pid) {
+        i++;
+        continue;
+      }
+      const int result = finish(running[i], status);
+      count[result == 0 || result == 77 ? result : 1]++;
+      running.erase(running.begin() + static_cast<std::ptrdiff_t>(i));
+    }
+    std::this_thread::sleep_for(2ms);
+  }
+  std::error_code ignored;
+  if (std::getenv("TEST_KEEP") == nullptr) std::filesystem::remove_all(base, ignored);
+  std::printf("%d passed, %d failed", count[0], count[1]);
+  if (count[77] != 0) std::printf(", %d skipped", count[77]);
+  std::printf("\n");
+  return count[1] == 0 && count[0] + count[77] != 0 ? 0 : 1;
+}
+
+// =====================================================================================================================
+// Helpers
+// =====================================================================================================================
+
+// ---- Files
+
+bool exists(const std::string& path) { return std::filesystem::exists(path); }
+
+void write_file(const std::string& path, std::string_view content) {
+  std::ofstream out(path, std::ios::binary | std::ios::trunc);
+  out.write(content.data(), static_cast<std::streamsize>(content.size()));
+  out.close();
+  if (!out) fail(__LINE__, "cannot write " + path);
+}
+
+// The names in a folder, sorted; only those that contain `part`.
+Strings files(const std::string& path, const std::string& part = "") {
+  Strings out;
+  for (const auto& entry : std::filesystem::directory_iterator(path)) {
+    const std::string name = entry.path().filename().string();
+    if (name.find(part) != std::string::npos) out.push_back(name);
+  }
+  std::sort(out.begin(), out.end());
+  return out;
+}
+
+std::string copy_of(const std::string& path, const std::string& name) {
+  const std::string to = g_folder + "/" + name;
+  std::filesystem::remove_all(to);
+  std::filesystem::copy(path, to, std::filesystem::copy_options::recursive);
+  return to;
+}
+
+// ---- Sockets
+
+std::string be(uint64_t value, int bytes) {
+  std::string out;
+  for (int i = bytes - 1; i >= 0; i--) out += static_cast<char>(value >> (8 * i) & 0xff);
+  return out;
+}
+std::string be32(size_t value) { return be(value, 4); }
+uint64_t from_be(std::string_view bytes) {
+  uint64_t value = 0;
+  for (const char c : bytes) value = value << 8 | static_cast<unsigned char>(c);
+  return value;
+}
+
+// A stream socket with a buffer of what it has read. All waits end after patience() with a failure.
+class Socket {
+ public:
+  explicit Socket(int fd) : fd_(fd) {}
+  Socket(Socket&& other) noexcept : fd_(std::exchange(other.fd_, -1)), in_(std::move(other.in_)) {}
+  Socket& operator=(Socket&& other) noexcept {
+    std::swap(fd_, other.fd_);
+    in_.swap(other.in_);
+    return *this;
+  }
+  ~Socket() { close(); }
+
+  void close() {
+    if (fd_ >= 0) ::close(std::exchange(fd_, -1));
+  }
+  void reset() {  // closes with RST instead of FIN
+    const linger now{1, 0};
+    setsockopt(fd_, SOL_SOCKET, SO_LINGER, &now, sizeof now);
+    close();
+  }
+  bool connected(const sockaddr* address, socklen_t size) const { return ::connect(fd_, address, size) == 0; }
+  void half_close() const { shutdown(fd_, SHUT_WR); }
+
+  // Sends all, or what goes in within the time; returns how much that was.
+  size_t try_send(std::string_view bytes, std::chrono::milliseconds limit) const {
+    size_t sent = 0;
+    while (sent < bytes.size() && wait(POLLOUT, limit)) {
+      const ssize_t n = ::send(fd_, bytes.data() + sent, bytes.size() - sent, MSG_NOSIGNAL | MSG_DONTWAIT);
+      if (n < 0 && errno != EAGAIN && errno != EINTR) break;
+      if (n > 0) sent += static_cast<size_t>(n);
+    }
+    return sent;
+  }
+  void send(std::string_view bytes, int line = __builtin_LINE()) const {
+    if (try_send(bytes, patience()) != bytes.size()) fail(line, "the connection takes no more");
+  }
+
+  // Makes at least `n` bytes readable; false when none come within the time. Fails when the other side closed.
+  bool have(size_t n, std::chrono::milliseconds limit, int line) {
+    while (in_.size() < n) {
+      const int more = fill(limit);
+      if (more == 0) fail(line, "closed by the other side, after " + show(in_));
+      if (more < 0) return false;
+    }
+    return true;
+  }
+  std::string take(size_t n, int line = __builtin_LINE()) {
+    if (!have(n, patience(), line)) fail(line, "wanted " + std::to_string(n) + " bytes, only got " + show(in_));
+    std::string out = in_.substr(0, n);
+    in_.erase(0, n);
+    return out;
+  }
+  std::string take_line(int line = __builtin_LINE()) {
+    size_t end;
+    while ((end = in_.find('\n')) == std::string::npos) {
+      if (!have(in_.size() + 1, patience(), line)) fail(line, "wanted a line, only got " + show(in_));
+    }
+    return take(end + 1);
+  }
+  // All until the other side closes.
+  std::string take_rest(int line = __builtin_LINE()) {
+    int more;
+    while ((more = fill(patience())) > 0) continue;
+    if (more < 0) fail(line, "was not closed, after " + show(in_));
+    return std::exchange(in_, "");
+  }
+  bool closed() { return take_rest().empty(); }
+
+ protected:
+  bool wait(short events, std::chrono::milliseconds limit) const {
+    pollfd p{fd_, events, 0};
+    return poll(&p, 1, static_cast<int>(limit.count())) == 1;
+  }
+  // Reads what is there: the number of bytes, 0 at the end (also by a reset), -1 when nothing came within the time.
+  int fill(std::chrono::milliseconds limit) {
+    if (!wait(POLLIN, limit)) return -1;
+    char buffer[65536];
+    const ssize_t n = recv(fd_, buffer, sizeof buffer, 0);
+    if (n > 0) in_.append(buffer, static_cast<size_t>(n));
+    return n > 0 ? static_cast<int>(n) : 0;
+  }
+  size_t buffered() const { return in_.size(); }
+  std::string_view peek(size_t at, size_t n) const { return std::string_view(in_).substr(at, n); }
+  void drop(size_t n) { in_.erase(0, n); }
+
+ private:
+  int fd_;
+  std::string in_;
+};
+
+sockaddr_in loopback(int port) {
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_port = htons(static_cast<uint16_t>(port));
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  return address;
+}
+
+int connect_to(int port) {
+  const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  const sockaddr_in address = loopback(port);
+  const int on = 1;
+  setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+  if (connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0) return fd;
+  ::close(fd);
+  throw Failed("cannot connect to port " + std::to_string(port));
+}
+
+int connect_to(const std::string& path) {
+  const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  std::strncpy(address.sun_path, path.c_str(), sizeof address.sun_path - 1);
+  if (connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0) return fd;
+  ::close(fd);
+  throw Failed("cannot connect to " + path);
+}
+
+// A server's end: TCP to play an nsqlookupd or an auth server, UDP to play statsd.
+class Listener {
+ public:
+  explicit Listener(int type = SOCK_STREAM) : fd_(socket(AF_INET, type | SOCK_CLOEXEC, 0)) {
+    sockaddr_in address = loopback(0);
+    socklen_t size = sizeof address;
+    if (bind(fd_, reinterpret_cast<sockaddr*>(&address), size) != 0) fail(__LINE__, "cannot bind");
+    if (type == SOCK_STREAM && listen(fd_, 16) != 0) fail(__LINE__, "cannot listen");
+    getsockname(fd_, reinterpret_cast<sockaddr*>(&address), &size);
+    port = ntohs(address.sin_port);
+  }
+  Listener(const Listener&) = delete;
+  Listener& operator=(const Listener&) = delete;
+  ~Listener() { ::close(fd_); }
+  bool knocked(std::chrono::milliseconds limit) const {
+    pollfd p{fd_, POLLIN, 0};
+    return poll(&p, 1, static_cast<int>(limit.count())) == 1;
+  }
+  Socket accept(int line = __builtin_LINE()) const {
+    if (!knocked(patience())) fail(line, "nobody connected");
+    return Socket(::accept(fd_, nullptr, nullptr));
+  }
+  std::string packet(int line = __builtin_LINE()) const {
+    if (!knocked(patience())) fail(line, "no packet came");
+    char buffer[65536];
+    const ssize_t n = recv(fd_, buffer, sizeof buffer, 0);
+    return {buffer, static_cast<size_t>(std::max<ssize_t>(n, 0))};
+  }
+  std::string address() const { return "127.0.0.1:" + std::to_string(port); }
+  int port = 0;
+
+ private:
+  int fd_;
+};
+
+// ---- Daemons: another process, or inside this one
+
+struct Ports {
+  int tcp = 0, http = 0;
+};
+
+struct Ended {
+  int status;
+  std::string out, err;
+};
+
+using Limits = std::vector<std::pair<int, rlim_t>>;  // RLIMIT_…, value
+
+// Starts the program with standard output and error in files.
+pid_t spawn(const Strings& arguments, const std::string& out, const std::string& err, const Limits& limits = {}) {
+  std::vector<char*> argv{const_cast<char*>(g_program.c_str())};
+  for (const auto& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
+  argv.push_back(nullptr);
+  const int to_out = open(out.c_str(), O_CREAT | O_WRONLY | O_TRUNC | O_CLOEXEC, 0600);
+  const int to_err = open(err.c_str(), O_CREAT | O_WRONLY | O_APPEND | O_TRUNC | O_CLOEXEC, 0600);
+  const pid_t pid = fork();
+  if (pid != 0) {
+    ::close(to_out);
+    ::close(to_err);
+    return pid;
+  }
+#ifdef __linux__
+  prctl(PR_SET_PDEATHSIG, SIGKILL);
+#endif
+  dup2(to_out, STDOUT_FILENO);
+  dup2(to_err, STDERR_FILENO);
+  signal(SIGXFSZ, SIG_IGN);  // for RLIMIT_FSIZE: an error, as on a full disk, not the end
+  for (const auto& [what, value] : limits) {
+    const rlimit limit{value, value};
+    setrlimit(static_cast<decltype(RLIMIT_NOFILE)>(what), &limit);
+  }
+  execv(g_program.c_str(), argv.data());
+  _exit(127);
+}
+
+// Waits for the end: the exit status, or 128 + the signal.
+int wait_for(pid_t pid, int line = __builtin_LINE()) {
+  int status = 0;
+  eventually([&] { return waitpid(pid, &status, WNOHANG) == pid; }, "the daemon ends", line);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+// Runs the program to its end.
+Ended run_to_end(const Strings& arguments, int line = __builtin_LINE()) {
+  const std::string out = g_folder + "/end.out", err = g_folder + "/end.err";
+  const pid_t pid = spawn(arguments, out, err);
+  const int status = wait_for(pid, line);
+  return {status, read_file(out), read_file(err)};
+}
+
+// The daemon as a process, listening on free ports once it is constructed.
+class Process : public Ports {
+ public:
+  explicit Process(Strings flags = {}, std::string data = folder("data"), Limits limits = {},
+                   int line = __builtin_LINE())
+      : data_path(std::move(data)), flags_(std::move(flags)), limits_(std::move(limits)) {
+    start(line);
+  }
+  Process(const Process&) = delete;
+  Process& operator=(const Process&) = delete;
+  ~Process() {
+    if (pid_ > 0) signal(SIGKILL), waitpid(pid_, nullptr, 0);
+    if (std::uncaught_exceptions() > 0)
+      std::fprintf(stderr, "--- the daemon's log\n%s---\n", log().substr(0, 6000).c_str());
+  }
+  void start(int line = __builtin_LINE()) {
+    static int count = 0;
+    log_path_ = g_folder + "/log." + std::to_string(count++);
+    Strings arguments{"--tcp-address=127.0.0.1:0", "--http-address=127.0.0.1:0", "--data-path=" + data_path,
+                      "--broadcast-address=127.0.0.1"};
+    arguments.insert(arguments.end(), flags_.begin(), flags_.end());
+    pid_ = spawn(arguments, g_folder + "/out", log_path_, limits_);
+    eventually([&] { return listens(); }, "the daemon listens", line);
+  }
+  void signal(int number) const { kill(pid_, number); }
+  int wait(int line = __builtin_LINE()) { return wait_for(std::exchange(pid_, 0), line); }
+  int stop(int line = __builtin_LINE()) { return signal(SIGTERM), wait(line); }
+  void kill9() { signal(SIGKILL), wait(); }
+  void restart(int with = SIGKILL, int line = __builtin_LINE()) { signal(with), wait(line), start(line); }
+  std::string log() const { return read_file(log_path_); }
+  pid_t pid() const { return pid_; }
+  void flags(Strings flags) { flags_ = std::move(flags); }
+  const std::string data_path;
+
+ private:
+  bool listens() {
+    int status = 0;
+    if (waitpid(pid_, &status, WNOHANG) == pid_) pid_ = 0, throw Failed("the daemon ended at once:\n" + log());
+    const std::string text = log();
+    tcp = port_of(text, "TCP: listening on ");
+    http = port_of(text, "HTTP: listening on ");
+    return tcp != 0 && http != 0;
+  }
+  // The port in the log line; 0 while there is none, -1 for a Unix socket.
+  static int port_of(const std::string& text, const std::string& words) {
+    const size_t at = text.find(" " + words), end = text.find('\n', at);
+    if (at == std::string::npos || end == std::string::npos) return 0;
+    const std::string address = text.substr(at + words.size() + 1, end - at - words.size() - 1);
+    return address[0] == '/' ? -1 : std::atoi(address.substr(address.rfind(':') + 1).c_str());
+  }
+
+  Strings flags_;
+  Limits limits_;
+  std::string log_path_;
+  pid_t pid_ = 0;
+};
+
+// Lines that a daemon in this process logs.
+struct Log {
+  std::mutex mutex;
+  std::string text;
+  std::string all() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    return text;
+  }
+};
+
+// Options for a daemon in this process: no files without a data path, and its log goes to the output of the test.
+nsqd::Options local_options(const std::string& data = "") {
+  nsqd::Options options;
+  options.tcp_address = options.http_address = "127.0.0.1:0";
+  options.broadcast_address = "127.0.0.1";
+  options.data_path = data;
+  options.mem_only = data.empty();
+  options.log_level = nsqd::Level::kWarning;
+  return options;
+}
+
+// A daemon in this process, started.
+class Local : public Ports {
+ public:
+  explicit Local(nsqd::Options options = local_options())
+      : daemon_(std::make_unique<nsqd::Daemon>(std::move(options))) {
+    daemon_->start();
+    tcp = daemon_->tcp_port();
+    http = daemon_->http_port();
+  }
+  explicit Local(const std::string& data) : Local(local_options(data)) {}
+  nsqd::Daemon* operator->() const { return daemon_.get(); }
+  nsqd::Daemon& operator*() const { return *daemon_; }
+
+ private:
+  std::unique_ptr<nsqd::Daemon> daemon_;
+};
+
+// ---- Clients
+
+struct Frame {
+  int type;  // 0 response, 1 error, 2 message
+  std::string data;
+};
+
+struct Message {
+  int64_t timestamp;
+  int attempts;
+  std::string id, body;
+};
+
+// A client of the TCP protocol. Heartbeats are answered and never seen, but with raw_frame.
+class Client : public Socket {
+ public:
+  explicit Client(const Ports& daemon) : Socket(connect_to(daemon.tcp)) { send("  V2"); }
+  explicit Client(const std::string& path) : Socket(connect_to(path)) { send("  V2"); }
+
+  void command(const std::string& line) const { send(line + "\n"); }
+  void command(const std::string& line, const std::string& body) const { send(line + "\n" + be32(body.size()) + body); }
+
+  std::optional<Frame> raw_frame(std::chrono::milliseconds limit, int line) {
+    if (!have(4, limit, line)) return {};
+    const size_t size = from_be(peek(0, 4));
+    if (!have(4 + size, patience(), line)) fail(line, "half a frame");
+    Frame frame{static_cast<int>(from_be(peek(4, 4))), std::string(peek(8, size - 4))};
+    drop(4 + size);
+    return frame;
+  }
+  std::optional<Frame> frame(std::chrono::milliseconds limit = patience(), int line = __builtin_LINE()) {
+    auto frame = raw_frame(limit, line);
+    while (frame && frame->type == 0 && frame->data == "_heartbeat_") {
+      command("NOP");
+      frame = raw_frame(limit, line);
+    }
+    return frame;
+  }
+  // The next frame is this response.
+  void expect(const std::string& response, int line = __builtin_LINE()) {
+    const auto next = frame(patience(), line);
+    if (!next || next->type != 0 || next->data != response)
+      fail(line, "wanted " + show(response) + ", got " + text(next));
+  }
+  // The next frame is an error that begins with this.
+  void expect_error(const std::string& start, int line = __builtin_LINE()) {
+    const auto next = frame(patience(), line);
+    if (!next || next->type != 1 || next->data.rfind(start, 0) != 0)
+      fail(line, "wanted " + show(start) + ", got " + text(next));
+  }
+  // The next frame is a message.
+  Message message(int line = __builtin_LINE()) {
+    const auto next = frame(patience(), line);
+    if (!next || next->type != 2) fail(line, "wanted a message, got " + text(next));
+    return parse(next->data);
+  }
+  std::optional<Message> try_message(std::chrono::milliseconds limit, int line = __builtin_LINE()) {
+    const auto next = frame(limit, line);
+    if (next && next->type != 2) fail(line, "wanted a message, got " + text(next));
+    return next ? std::optional<Message>(parse(next->data)) : std::nullopt;
+  }
+  void nothing(std::chrono::milliseconds limit, int line = __builtin_LINE()) {
+    const auto next = frame(limit, line);
+    if (next) fail(line, "wanted nothing, got " + text(next));
+  }
+  static Message parse(const std::string& data) {
+    return {static_cast<int64_t>(from_be(data.substr(0, 8))), static_cast<int>(from_be(data.substr(8, 2))),
+            data.substr(10, 16), data.substr(26)};
+  }
+
+  void pub(const std::string& topic, const std::string& body, int line = __builtin_LINE()) {
+    command("PUB " + topic, body);
+    expect("OK", line);
+  }
+  void dpub(const std::string& topic, int ms, const std::string& body, int line = __builtin_LINE()) {
+    command("DPUB " + topic + " " + std::to_string(ms), body);
+    expect("OK", line);
+  }
+  void mpub(const std::string& topic, const Strings& bodies, int line = __builtin_LINE()) {
+    std::string all = be32(bodies.size());
+    for (const auto& body : bodies) all += be32(body.size()) + body;
+    command("MPUB " + topic, all);
+    expect("OK", line);
+  }
+  void identify(const std::string& json, int line = __builtin_LINE()) {
+    command("IDENTIFY", json);
+    expect("OK", line);
+  }
+  void sub(const std::string& topic, const std::string& channel, int ready = 1, int line = __builtin_LINE()) {
+    command("SUB " + topic + " " + channel);
+    expect("OK", line);
+    if (ready > 0) command("RDY " + std::to_string(ready));
+  }
+  void fin(const Message& message) const { command("FIN " + message.id); }
+  void req(const Message& message, int ms) const { command("REQ " + message.id + " " + std::to_string(ms)); }
+  void touch(const Message& message) const { command("TOUCH " + message.id); }
+
+ private:
+  static std::string text(const std::optional<Frame>& frame) {
+    return frame ? "type " + std::to_string(frame->type) + " " + show(frame->data) : "nothing";
+  }
+};
+
+struct Reply {
+  int status = 0;
+  std::map<std::string, std::string> headers;  // names in lower case
+  std::string body;
+};
+
+// An HTTP connection.
+class Http : public Socket {
+ public:
+  explicit Http(const Ports& daemon) : Socket(connect_to(daemon.http)) {}
+
+  void request(const std::string& method, const std::string& target, const std::string& body = "",
+               const std::string& headers = "") const {
+    send(method + " " + target + " HTTP/1.1\r\nHost: localhost\r\n" + headers +
+         (method == "GET" ? "" : "Content-Length: " + std::to_string(body.size()) + "\r\n") + "\r\n" + body);
+  }
+  Reply reply(int line = __builtin_LINE()) {
+    Reply reply;
+    const std::string first = take_line(line);
+    if (first.rfind("HTTP/1.1 ", 0) != 0) fail(line, "no HTTP: " + show(first));
+    reply.status = std::atoi(first.c_str() + 9);
+    for (std::string header; (header = take_line(line)) != "\r\n";) {
+      const size_t colon = header.find(':');
+      std::string name = header.substr(0, colon);
+      for (char& c : name) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+      reply.headers[name] = header.substr(colon + 2, header.size() - colon - 4);
+    }
+    if (reply.headers["transfer-encoding"] == "chunked") {
+      while (const size_t size = std::stoul(take_line(line), nullptr, 16))
+        reply.body += take(size + 2, line).substr(0, size);
+      take_line(line);
+    } else {
+      reply.body = take(static_cast<size_t>(std::atoi(reply.headers["content-length"].c_str())), line);
+    }
+    return reply;
+  }
+};
+
+Reply http(const Ports& daemon, const std::string& method, const std::string& target, const std::string& body = "",
+           const std::string& headers = "", int line = __builtin_LINE()) {
+  Http connection(daemon);
+  connection.request(method, target, body, headers);
+  return connection.reply(line);
+}
+// Those that have to succeed.
+std::string get(const Ports& daemon, const std::string& target, int line = __builtin_LINE()) {
+  const Reply reply = http(daemon, "GET", target, "", "", line);
+  if (reply.status != 200) fail(line, target + " says " + std::to_string(reply.status) + " " + reply.body);
+  return reply.body;
+}
+std::string post(const Ports& daemon, const std::string& target, const std::string& body = "",
+                 int line = __builtin_LINE()) {
+  const Reply reply = http(daemon, "POST", target, body, "", line);
+  if (reply.status != 200) fail(line, target + " says " + std::to_string(reply.status) + " " + reply.body);
+  return reply.body;
+}
+std::string escaped(std::string name) {
+  if (const size_t at = name.find('#'); at != std::string::npos) name.replace(at, 1, "%23");
+  return name;
+}
+void create_channel(const Ports& daemon, const std::string& topic, const std::string& channel,
+                    int line = __builtin_LINE()) {
+  post(daemon, "/topic/create?topic=" + escaped(topic), "", line);
+  post(daemon, "/channel/create?topic=" + escaped(topic) + "&channel=" + escaped(channel), "", line);
+}
+
+std::string stats_of(const Ports& daemon, const std::string& topic) {
+  return get(daemon, "/stats?format=json&include_clients=false&include_mem=false&topic=" + escaped(topic));
+}
+
+// A number of a topic or channel in /stats; -1 where it is not there.
+int64_t number_at(const std::string& json, const std::string& key, size_t from) {
+  const size_t at = from == std::string::npos ? from : json.find("\"" + key + "\":", from);
+  return at == std::string::npos ? -1 : std::atoll(json.c_str() + at + key.size() + 3);
+}
+int64_t channel_count(const Ports& daemon, const std::string& topic, const std::string& channel,
+                      const std::string& key) {
+  const std::string json = stats_of(daemon, topic);
+  return number_at(json, key, json.find("\"channel_name\":\"" + channel + "\""));
+}
+int64_t topic_count(const Ports& daemon, const std::string& topic, const std::string& key) {  // its own come last
+  const std::string json = stats_of(daemon, topic);
+  return number_at(json, key, json.rfind("\"" + key + "\":"));
+}
+
+// Consumes and finishes all that a channel has, deferred ones too.
+std::vector<Message> drain(const Ports& daemon, const std::string& topic, const std::string& channel,
+                           int line = __builtin_LINE()) {
+  Client consumer(daemon);
+  consumer.sub(topic, channel, 2500, line);
+  std::vector<Message> out;
+  const auto end = Clock::now() + 2 * patience();
+  for (;;) {
+    if (auto message = consumer.try_message(20ms, line)) {
+      consumer.fin(*message);
+      out.push_back(std::move(*message));
+      continue;
+    }
+    int64_t left = 0;
+    for (const char* key : {"depth", "in_flight_count", "deferred_count"})
+      left += channel_count(daemon, topic, channel, key);
+    if (left == 0) return out;
+    if (Clock::now() > end) fail(line, topic + ":" + channel + " never gets empty");
+  }
+}
+
+Strings bodies_of(const std::vector<Message>& messages) {
+  Strings out;
+  for (const auto& message : messages) out.push_back(message.body);
+  return out;
+}
+Strings sorted(Strings items) {
+  std::sort(items.begin(), items.end());
+  return items;
+}
+Strings numbered(const std::string& prefix, int from, int to) {
+  Strings out;
+  for (int i = from; i < to; i++) out.push_back(prefix + std::to_string(i));
+  return out;
+}
+std::set<std::string> set_of(const Strings& items) { return {items.begin(), items.end()}; }
+
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::system_clock::now().time_since_epoch())
+      .count();
+}
+int64_t ms_since(Clock::time_point start) {
+  return std::chrono::duration_cast<std::chrono::milliseconds>(Clock::now() - start).count();
+}
+
+// A number from /proc/<pid>/status, such as RssAnon in kB; -1 where there is none.
+int64_t proc_status(pid_t pid, const std::string& key) {
+  const std::string text = read_file("/proc/" + std::to_string(pid) + "/status");
+  const size_t at = text.find("\n" + key + ":");
+  return at == std::string::npos ? -1 : std::atoll(text.c_str() + at + key.size() + 2);
+}
+
+// =====================================================================================================================
+// Service and signals
+// =====================================================================================================================
+
+// A service that writes down what is done with it. Its parts can be replaced.
+struct Diary : nsqd::Service {
+  std::string text;
+  nsqd::Environment environment;
+  std::function<void()> on_init = [] {}, on_start = [] {}, on_stop = [] {};
+  void init(const nsqd::Environment& given) override {
+    environment = given;
+    text += "init ";
+    on_init();
+  }
+  void start() override {
+    text += "start ";
+    on_start();
+  }
+  int stop() override {
+    text += "stop";
+    on_stop();
+    return 7;
+  }
+};
+
+int run_service(nsqd::Service& service) {
+  const char* const arguments[] = {"service", "--flag", nullptr};
+  return nsqd::run(service, 2, arguments);
+}
+
+TEST(run_does_init_start_and_stop_and_returns_what_stop_returned) {
+  Diary diary;
+  diary.on_start = [] { kill(getpid(), SIGTERM); };
+  CHECK_EQ(run_service(diary), 7);
+  CHECK_EQ(diary.text, "init start stop");
+  CHECK_EQ(diary.environment.argc, 2);
+  CHECK_EQ(std::string(diary.environment.argv[1]), "--flag");
+}
+
+TEST(a_signal_that_comes_during_init_is_not_lost) {
+  Diary diary;
+  diary.on_init = [] { kill(getpid(), SIGINT); };
+  CHECK_EQ(run_service(diary), 7);
+  CHECK_EQ(diary.text, "init start stop");
+}
+
+TEST(a_second_signal_changes_nothing) {
+  Diary diary;
+  diary.on_start = [] { kill(getpid(), SIGTERM); };
+  diary.on_stop = [] {
+    kill(getpid(), SIGTERM);
+    kill(getpid(), SIGINT);
+  };
+  CHECK_EQ(run_service(diary), 7);
+  kill(getpid(), SIGINT);
+  CHECK_EQ(diary.text, "init start stop");
+}
+
+TEST(a_service_can_end_itself_from_any_thread_and_more_than_once) {
+  Diary diary;
+  std::vector<std::thread> threads;
+  diary.on_start = [&] {
+    for (int i = 0; i < 4; i++) threads.emplace_back(diary.environment.end);
+  };
+  CHECK_EQ(run_service(diary), 7);
+  for (auto& thread : threads) thread.join();
+  diary.environment.end();
+}
+
+TEST(run_waits_for_the_signals_that_it_is_told) {
+  Diary diary;
+  diary.on_start = [] { kill(getpid(), SIGUSR1); };
+  const char* const arguments[] = {"service", nullptr};
+  CHECK_EQ(nsqd::run(diary, 1, arguments, {SIGUSR1, SIGUSR2}), 7);
+}
+
+TEST(an_init_or_start_that_throws_gives_a_status_that_is_not_0) {
+  Diary init;
+  init.on_init = [] { throw std::runtime_error("no room in the inn"); };
+  CHECK(run_service(init) != 0);
+  CHECK_EQ(init.text, "init ");
+  CHECK_HAS(read_file(g_folder + "/output"), "no room in the inn");
+  Diary start;
+  start.on_start = [] { throw std::runtime_error("no oil in the lamp"); };
+  CHECK(run_service(start) != 0);
+  CHECK_HAS(read_file(g_folder + "/output"), "no oil in the lamp");
+  Diary early;
+  early.on_init = [] { throw nsqd::EarlyExit(3, "as you wish"); };
+  CHECK_EQ(run_service(early), 3);
+}
+
+TEST(sigterm_and_sigint_end_it_with_status_0_step_by_step) {
+  for (const int number : {SIGTERM, SIGINT}) {
+    Process d;
+    create_channel(d, "t", "c");
+    Client(d).pub("t", "x");
+    d.signal(number);
+    CHECK_EQ(d.wait(), 0);
+    const std::string log = d.log();
+    size_t at = 0;
+    for (const char* step : {"TCP: closing 127.0.0.1:", "NSQ: persisting topic/channel metadata to",
+                             "NSQ: closing topics", "TOPIC(t): closing", "CHANNEL(c): closing", "NSQ: bye"}) {
+      if ((at = log.find(step, at)) == std::string::npos)
+        fail(__LINE__, std::string(step) + " does not follow in " + log);
+    }
+  }
+}
+
+TEST(it_ends_within_a_second_whatever_its_clients_do) {
+  Process d({"--msg-timeout=60s"});
+  const Socket silent(connect_to(d.tcp)), half_magic(connect_to(d.tcp)), http_silent(connect_to(d.http));
+  half_magic.send("  ");
+  Client half_command(d), half_body(d), holder(d), waiter(d), unread(d);
+  half_command.send("PUB top");
+  half_body.send("PUB t\n" + be32(1000) + "half");
+  half_body.send("half");
+  waiter.sub("t", "c", 100);
+  holder.sub("t", "d", 1);
+  unread.sub("t", "e", 2500);
+  Client(d).mpub("t", Strings(200, std::string(20000, 'x')));
+  holder.message();
+  Http keep_alive(d), half_request(d);
+  keep_alive.request("GET", "/ping");
+  CHECK_EQ(keep_alive.reply().status, 200);
+  half_request.send("POST /pub?topic=t HTTP/1.1\r\nContent-Length: 100\r\n\r\nhalf");
+  const auto start = Clock::now();
+  CHECK_EQ(d.stop(), 0);
+  CHECK(ms_since(start) < 1000 * patience() / 20000ms);
+}
+
+TEST(a_signal_while_it_starts_ends_it_with_status_0) {
+  for (int i = 0; i < 5; i++) {
+    const pid_t pid =
+        spawn({"--tcp-address=127.0.0.1:0", "--http-address=127.0.0.1:0", "--data-path=" + folder("data")},
+              g_folder + "/out", g_folder + "/err");
+    EVENTUALLY(!read_file(g_folder + "/err").empty());  // its first words: the signals are blocked by now
+    kill(pid, SIGTERM);
+    CHECK_EQ(wait_for(pid), 0);
+  }
+}
+
+TEST(after_the_end_its_ports_and_its_data_path_are_free) {
+  Process d;
+  Client client(d);
+  client.pub("t", "x");
+  const std::string tcp = std::to_string(d.tcp), http_port = std::to_string(d.http);
+  CHECK_EQ(d.stop(), 0);
+  d.flags({"--tcp-address=127.0.0.1:" + tcp, "--http-address=127.0.0.1:" + http_port});
+  d.start();
+  CHECK_EQ(std::to_string(d.tcp), tcp);
+  CHECK_EQ(drain(d, "t", "c").size(), 1U);
+}
+
+TEST(an_idle_daemon_sleeps) {
+  Process d;
+  Client consumer(d);
+  consumer.sub("t", "c", 10);
+  if (proc_status(d.pid(), "voluntary_ctxt_switches") < 0) throw Skipped("no /proc/<pid>/status here");
+  const int64_t before = proc_status(d.pid(), "voluntary_ctxt_switches");
+  consumer.nothing(2000ms);  // what is measured is a rate, so here the time is given
+  CHECK(proc_status(d.pid(), "voluntary_ctxt_switches") - before <= 6);
+}
+
+// =====================================================================================================================
+// Options and config file
+// =====================================================================================================================
+
+nsqd::Options options_of(const Strings& arguments) {
+  std::vector<const char*> argv{"nsqd"};
+  for (const auto& argument : arguments) argv.push_back(argument.c_str());
+  return nsqd::options_from(static_cast<int>(argv.size()), argv.data());
+}
+
+// The words of the error that the arguments give; empty when there is none.
+std::string refusal(const Strings& arguments) {
+  try {
+    options_of(arguments);
+    return "";
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+}
+
+TEST(flags_take_every_form_that_go_flags_have) {
+  CHECK_EQ(options_of({"-tcp-address", "1.2.3.4:5"}).tcp_address, "1.2.3.4:5");
+  CHECK_EQ(options_of({"--tcp-address=1.2.3.4:5"}).tcp_address, "1.2.3.4:5");
+  CHECK_EQ(options_of({"--tcp-address=a:1", "-tcp-address=b:2"}).tcp_address, "b:2");
+  CHECK_EQ(options_of({"--mem-queue-size=0x10"}).mem_queue_size, 16);
+  CHECK_EQ(options_of({"--sync-every=010"}).sync_every, 8);
+  CHECK_EQ(options_of({"--max-msg-size=1_000"}).max_msg_size, 1000);
+  CHECK(options_of({"--msg-timeout=1h2m3.5s"}).msg_timeout == std::chrono::milliseconds(3723500));
+  CHECK(options_of({"--sync-timeout", "1500us"}).sync_timeout == std::chrono::microseconds(1500));
+  CHECK(!options_of({"--statsd-mem-stats=false"}).statsd_mem_stats);
+  CHECK(options_of({"--statsd-exclude-ephemeral"}).statsd_exclude_ephemeral);
+  CHECK(options_of({"--mem-only"}).mem_only);
+  CHECK(options_of({"--log-level=WARN"}).log_level == nsqd::Level::kWarning);
+  CHECK_EQ(options_of({"--lookupd-tcp-address=a:1", "--lookupd-tcp-address=b:2"}).lookupd_tcp_address,
+           (Strings{"a:1", "b:2"}));
+  CHECK_EQ(options_of({"--e2e-processing-latency-percentile=0.5,1.0,0.99"}).e2e_processing_latency_percentile.size(),
+           3U);
+  CHECK_EQ(options_of({"--max-rdy-count=5", "--", "--max-rdy-count=6"}).max_rdy_count, 5);
+}
+
+TEST(a_wrong_flag_is_refused_with_its_name) {
+  const std::vector<std::pair<Strings, std::string>> wrong = {
+      {{"--no-such-flag"}, "flag provided but not defined: -no-such-flag"},
+      {{"--tcp-address"}, "flag needs an argument: -tcp-address"},
+      {{"--max-rdy-count=many"}, "invalid value \"many\" for flag -max-rdy-count"},
+      {{"--msg-timeout=10"}, "-msg-timeout"},
+      {{"--snappy=maybe"}, "invalid boolean value \"maybe\" for -snappy"},
+      {{"--log-level=loud"}, "log-level"},
+      {{"--=x"}, "bad flag syntax"},
+  };
+  for (const auto& [arguments, words] : wrong) CHECK_HAS(refusal(arguments), words);
+  CHECK_THROWS(nsqd::EarlyExit, options_of({"--no-such-flag"}));
+  const Ended ended = run_to_end({"--no-such-flag"});
+  CHECK_EQ(ended.status, 2);
+  CHECK_EQ(ended.out, "");
+}
+
+TEST(values_that_cannot_work_stop_the_start_and_are_named) {
+  for (const char* flag :
+       {"--mem-queue-size=-1", "--output-buffer-timeout=-1s", "--node-id=1024", "--max-deflate-level=10",
+        "--e2e-processing-latency-percentile=1.5", "--auth-http-request-method=put",
+        "--e2e-processing-latency-window-time=0", "--data-path=/no/such/folder"}) {
+    const std::string name = std::string(flag).substr(2, std::string(flag).find('=') - 2);
+    Strings arguments{"--tcp-address=127.0.0.1:0", "--http-address=127.0.0.1:0", "--data-path=" + folder("data"), flag};
+    const Ended ended = run_to_end(arguments);
+    if (ended.status != 1 && ended.status != 2)
+      fail(__LINE__, std::string(flag) + " gives status " + std::to_string(ended.status));
+    std::string said = ended.err;
+    for (char& c : said)
+      c = c == ' ' || c == '_' ? '-' : static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+    CHECK_HAS(said, name.substr(name.rfind('-') + 1));
+  }
+}
+
+TEST(a_flag_that_asks_for_tls_stops_the_start_with_a_word_on_tls) {
+  for (const char* flag : {"--tls-required", "--tls-required=tcp-https", "--tls-cert=a.pem", "--tls-key=a.key",
+                           "--tls-root-ca-file=a.pem", "--tls-client-auth-policy=require"}) {
+    const Ended ended =
+        run_to_end({"--tcp-address=127.0.0.1:0", "--http-address=127.0.0.1:0", "--data-path=" + folder("d"), flag});
+    CHECK_EQ(ended.status, 1);
+    CHECK_HAS(ended.err, "TLS");
+  }
+}
+
+TEST(help_names_every_flag_and_version_says_what_it_answers_as) {
+  const Ended help = run_to_end({"--help"});
+  CHECK_EQ(help.status, 0);
+  for (const char* flag :
+       {"tcp-address", "http-address", "data-path", "mem-queue-size", "sync-every", "lookupd-tcp-address",
+        "auth-http-address", "statsd-address", "max-rdy-count", "log-level", "config", "mem-only"}) {
+    CHECK_HAS(help.out + help.err, std::string("-") + flag);
+  }
+  const Ended version = run_to_end({"--version"});
+  CHECK_EQ(version.status, 0);
+  CHECK_HAS(version.out, "nsqd v" + std::string(nsqd::kProtocolVersion));
+  const std::string numbers = std::to_string(NSQD_VERSION_MAJOR) + "." + std::to_string(NSQD_VERSION_MINOR) + "." +
+                              std::to_string(NSQD_VERSION_PATCH);
+  CHECK_EQ(numbers, std::string(nsqd::kVersion));
+}
+
+TEST(a_flag_wins_over_the_config_file_and_the_file_over_the_default) {
+  const std::string path = g_folder + "/nsqd.cfg";
+  write_file(path,
+             "# settings\nmax_rdy_count = 77\nmsg_timeout = \"5s\"\nmax_msg_timeout = 9000\nid = 5\n"
+             "nsqlookupd_tcp_addresses = [\n  \"a:1\",  # the first\n  'b:2'\n]\nlog_level = \"debug\"\n"
+             "statsd_mem_stats = false\ndata_path = \"caf\\u00e9\"\nno_such_key = 1\n[table]\nmax_rdy_count = 1\n");
+  const nsqd::Options options = options_of({"--config=" + path, "--msg-timeout=7s"});
+  CHECK_EQ(options.max_rdy_count, 77);
+  CHECK(options.msg_timeout == 7s);
+  CHECK(options.max_msg_timeout == 9s);
+  CHECK_EQ(options.node_id, 5);
+  CHECK_EQ(options.lookupd_tcp_address, (Strings{"a:1", "b:2"}));
+  CHECK(options.log_level == nsqd::Level::kDebug);
+  CHECK(!options.statsd_mem_stats);
+  CHECK_EQ(options.data_path, "café");
+  CHECK_EQ(options.max_msg_size, nsqd::Options().max_msg_size);
+}
+
+TEST(a_config_file_that_is_wrong_names_file_line_and_key) {
+  const std::string path = g_folder + "/nsqd.cfg";
+  for (const char* wrong :
+       {"max_rdy_count = lots", "max_rdy_count = \"lots\"", "max_rdy_count = [1", "max_rdy_count"}) {
+    write_file(path, std::string("# one\ntcp_address = \"127.0.0.1:0\"\n") + wrong + "\n");
+    const std::string said = refusal({"--config=" + path});
+    CHECK_HAS(said, path);
+    CHECK_HAS(said, "3");
+    CHECK_HAS(said, "max_rdy_count");
+  }
+  CHECK_HAS(refusal({"--config=" + g_folder + "/none.cfg"}), "none.cfg");
+  CHECK_EQ(run_to_end({"--config=" + g_folder + "/none.cfg"}).status, 1);
+}
+
+// =====================================================================================================================
+// Data path and metadata
+// =====================================================================================================================
+
+// Flags for a start that is meant to fail.
+Strings flags_for(const std::string& data) {
+  return {"--tcp-address=127.0.0.1:0", "--http-address=127.0.0.1:0", "--data-path=" + data};
+}
+
+TEST(a_second_daemon_on_the_same_data_path_is_refused_and_harms_nobody) {
+  Process first;
+  Client client(first);
+  client.pub("t", "x");
+  const Ended second = run_to_end(flags_for(first.data_path));
+  CHECK_EQ(second.status, 1);
+  CHECK_HAS(second.err, "failed to lock data-path: cannot flock directory " + first.data_path);
+  CHECK_HAS(second.err, "in use by another instance of nsqd");
+  CHECK_THROWS(std::runtime_error, nsqd::Daemon(local_options(first.data_path)));
+  client.pub("t", "y");
+  CHECK_EQ(drain(first, "t", "c").size(), 2U);
+}
+
+TEST(topics_channels_and_pauses_survive_a_restart) {
+  Process d;
+  create_channel(d, "a", "one");
+  create_channel(d, "a", "two");
+  create_channel(d, "b", "gone#ephemeral");
+  post(d, "/topic/create?topic=c%23ephemeral");
+  post(d, "/channel/pause?topic=a&channel=two");
+  post(d, "/topic/pause?topic=b");
+  for (const int with : {SIGTERM, SIGKILL}) {
+    EVENTUALLY(read_file(d.data_path + "/nsqd.dat").find("\"b\"") != std::string::npos);
+    d.restart(with);
+    const std::string stats = get(d, "/stats?format=json");
+    CHECK_EQ(stats.find("ephemeral"), std::string::npos);
+    CHECK_HAS(get(d, "/stats?format=json&topic=a&channel=one"), "\"paused\":false");
+    CHECK_HAS(get(d, "/stats?format=json&topic=a&channel=two"), "\"paused\":true");
+    CHECK_HAS(get(d, "/stats?format=json&topic=b"), "\"paused\":true");
+  }
+  CHECK_EQ(files(d.data_path, ".tmp"), Strings{});
+}
+
+TEST(a_deleted_topic_or_channel_stays_deleted_with_all_it_held) {
+  Process d;
+  create_channel(d, "t", "stays");
+  create_channel(d, "t", "goes");
+  create_channel(d, "u", "c");
+  Client client(d);
+  client.mpub("t", numbered("m", 0, 100));
+  client.mpub("u", numbered("m", 0, 100));
+  post(d, "/channel/delete?topic=t&channel=goes");
+  post(d, "/topic/delete?topic=u");
+  for (const char* part : {"u.", "u:", ":goes"}) EVENTUALLY(files(d.data_path, part).empty());
+  d.restart();
+  CHECK_EQ(channel_count(d, "t", "stays", "depth"), 100);
+  CHECK_EQ(channel_count(d, "t", "goes", "depth"), -1);
+  CHECK_EQ(topic_count(d, "u", "depth"), -1);
+  create_channel(d, "t", "goes");
+  create_channel(d, "u", "c");
+  CHECK_EQ(channel_count(d, "t", "goes", "depth"), 0);
+  CHECK_EQ(channel_count(d, "u", "c", "depth"), 0);
+}
+
+TEST(a_corrupt_nsqd_dat_stops_the_start_and_is_left_as_it_was) {
+  const std::string path = folder("data") + "/nsqd.dat";
+  for (const char* wrong : {"", "{", "[]x", "{\"topics\":[{\"name\":1}]}", "{\"topics\":[],}", "\xff\xfe"}) {
+    write_file(path, wrong);
+    const Ended ended = run_to_end(flags_for(folder("data")));
+    CHECK_EQ(ended.status, 1);
+    CHECK_HAS(ended.err, path);
+    CHECK_EQ(read_file(path), wrong);
+  }
+}
+
+TEST(an_nsqd_dat_of_nsqd_itself_is_taken_with_what_it_does_not_know) {
+  write_file(
+      folder("data") + "/nsqd.dat",
+      "{\"topics\":[{\"channels\":[{\"name\":\"c\",\"paused\":true,\"new\":[1,{}]}],\"name\":\"t\",\"paused\":false},"
+      "{\"channels\":null,\"name\":\"u\",\"paused\":true},{\"channels\":[],\"name\":\"not "
+      "valid!\"}],\"version\":\"9.9.9\"}");
+  Process d;
+  CHECK_HAS(d.log(), "skipping creation of invalid topic not valid!");
+  CHECK_EQ(channel_count(d, "t", "c", "depth"), 0);
+  CHECK_HAS(get(d, "/stats?format=json&topic=u"), "\"paused\":true");
+}
+
+TEST(a_data_path_that_cannot_be_written_is_said_at_the_start) {
+  const std::string data = folder("data");
+#ifdef __linux__  // root may write everywhere but on what is mounted read-only
+  if (getuid() == 0 && (unshare(CLONE_NEWNS) != 0 || mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0 ||
+                        mount("none", data.c_str(), "tmpfs", MS_RDONLY, nullptr) != 0)) {
+    throw Skipped("may not mount a file system that is read-only");
+  }
+#endif
+  if (getuid() != 0) chmod(data.c_str(), 0500);
+  const Ended ended = run_to_end(flags_for(data));
+  CHECK_EQ(ended.status, 1);
+  CHECK_HAS(ended.err, data);
+}
+
+// =====================================================================================================================
+// Protocol
+// =====================================================================================================================
+
+TEST(a_message_goes_from_a_publisher_to_a_consumer) {
+  Process d;
+  Client publisher(d), consumer(d);
+  const int64_t before = now_ns();
+  publisher.pub("clicks", "hello");
+  consumer.sub("clicks", "archive");
+  const Message message = consumer.message();
+  CHECK_EQ(message.body, "hello");
+  CHECK_EQ(message.attempts, 1);
+  CHECK(message.timestamp >= before && message.timestamp <= now_ns());
+  CHECK_EQ(message.id.find_first_not_of("0123456789abcdef"), std::string::npos);
+  CHECK_EQ(channel_count(d, "clicks", "archive", "in_flight_count"), 1);
+  consumer.fin(message);
+  EVENTUALLY(channel_count(d, "clicks", "archive", "in_flight_count") == 0);
+  CHECK_EQ(channel_count(d, "clicks", "archive", "depth"), 0);
+}
+
+TEST(a_dialogue_is_the_same_whole_and_byte_by_byte) {
+  Process d;
+  const std::string body = "IDENTIFY\n" + be32(2) + "{}NOP\nPUB t\r\n" + be32(3) + "abc" + "DPUB t 0\n" + be32(1) +
+                           "d" + "MPUB t\n" + be32(18) + be32(2) + be32(3) + "\n\r\n" + be32(3) + "PUB" +
+                           "SUB t c\nRDY 1\n";
+  for (const bool whole : {true, false}) {
+    Client client(d);
+    if (whole) client.send(body);
+    for (size_t i = 0; !whole && i < body.size(); i++) client.send(body.substr(i, 1));
+    for (int i = 0; i < 5; i++) client.expect("OK");
+    for (const char* want : {"abc", "d", "\n\r\n", "PUB"}) {
+      const Message message = client.message();
+      CHECK_EQ(message.body, want);
+      client.fin(message);
+    }
+    client.command("CLS");
+    client.expect("CLOSE_WAIT");
+  }
+}
+
+TEST(a_thousand_commands_in_one_write_get_a_thousand_answers_in_order) {
+  Process d;
+  Client client(d);
+  std::string all;
+  for (size_t i = 0; i < 1000; i++) all += "PUB t\n" + be32(4) + be32(i);
+  client.send(all + "NO SUCH\n");
+  for (int i = 0; i < 1000; i++) client.expect("OK");
+  client.expect_error("E_INVALID invalid command NO");
+  CHECK(client.closed());
+  const auto messages = drain(d, "t", "c");
+  CHECK_EQ(messages.size(), 1000U);
+}
+
+TEST(any_bytes_and_any_size_up_to_the_limit_come_back_as_they_went) {
+  Process d;
+  Client client(d);
+  std::string bytes;
+  for (int i = 0; i < 256; i++) bytes += static_cast<char>(i);
+  Strings bodies{bytes, "x", "\n", std::string(1, '\0'), std::string(1048576, 'y')};
+  for (const auto& body : bodies) client.pub("t", body);
+  post(d, "/pub?topic=t", bytes);
+  bodies.push_back(bytes);
+  CHECK_EQ(sorted(bodies_of(drain(d, "t", "c"))), sorted(bodies));
+  client.command("PUB t", std::string(1048577, 'z'));
+  client.expect_error("E_BAD_MESSAGE PUB message too big 1048577 > 1048576");
+}
+
+TEST(identify_negotiates_what_there_is_and_nothing_more) {
+  Process d({"--max-rdy-count=9"});
+  Client client(d);
+  client.command("IDENTIFY",
+                 "{\"client_id\":\"me\",\"feature_negotiation\":true,\"tls_v1\":true,\"snappy\":false,"
+                 "\"msg_timeout\":5000,\"sample_rate\":50,\"output_buffer_size\":-1}");
+  const auto answer = client.frame();
+  CHECK(answer && answer->type == 0);
+  for (const char* part :
+       {"\"max_rdy_count\":9,", "\"version\":\"1.3.0\"", "\"msg_timeout\":5000", "\"tls_v1\":false", "\"snappy\":false",
+        "\"sample_rate\":50", "\"auth_required\":false", "\"output_buffer_size\":1,"}) {
+    CHECK_HAS(answer->data, part);
+  }
+  client.identify("{\"client_id\":\"me\",\"hostname\":\"here\"}");
+  client.sub("t", "c", 9);
+  CHECK_HAS(get(d, "/stats?format=json"), "\"client_id\":\"me\",\"hostname\":\"here\"");
+  client.command("RDY 10");
+  client.expect_error("E_INVALID RDY count 10 out of range 0-9");
+}
+
+TEST(snappy_and_deflate_are_declined_and_clients_go_on_without) {
+  Local d;
+  Client client(d);
+  client.command("IDENTIFY", "{\"feature_negotiation\":true,\"tls_v1\":true,\"snappy\":true,\"deflate\":false}");
+  const auto answer = client.frame();
+  CHECK(answer && answer->data.find("\"snappy\":false") != std::string::npos);
+  client.pub("t", "plain");
+}
+
+TEST(an_error_of_a_message_keeps_the_connection_and_any_other_ends_it) {
+  Process d;
+  Client client(d);
+  client.sub("t", "c");
+  for (const char* command : {"FIN", "REQ", "TOUCH"}) {
+    client.command(std::string(command) + " 0123456789abcdef" + (command == std::string("REQ") ? " 0" : ""));
+    client.expect_error(std::string("E_") + command + "_FAILED");
+  }
+  client.pub("t", "still here");
+  for (const char* fatal : {"FIN short", "RDY x", "SUB t c", "PUB", "nonsense", ""}) {
+    Client other(d);
+    if (std::string(fatal).rfind("SUB", 0) != 0) other.sub("t", "d", 0);
+    if (std::string(fatal).rfind("SUB", 0) == 0) other.sub("t", "e", 0);
+    other.command(fatal);
+    other.expect_error("E_INVALID");
+    CHECK(other.closed());
+  }
+}
+
+TEST(bad_magic_and_endless_lines_are_cut_off) {
+  Process d;
+  Socket http_client(connect_to(d.tcp));
+  http_client.send("GET / HTTP/1.1\r\n\r\n");
+  CHECK_HAS(http_client.take_rest(), "E_BAD_PROTOCOL");
+  Client endless(d);
+  endless.try_send("PUB " + std::string(100000, 'x'), patience());
+  endless.closed();  // with or without a reset, but soon
+  Client(d).pub("t", "x");
+}
+
+TEST(heartbeats_come_and_a_client_that_never_answers_is_closed) {
+  Process d;
+  Client client(d);
+  client.identify("{\"heartbeat_interval\":1000}");
+  const auto start = Clock::now();
+  const auto beat = client.raw_frame(patience(), __LINE__);
+  CHECK(beat && beat->data == "_heartbeat_");
+  CHECK(ms_since(start) > 800);
+  const std::string rest = client.take_rest();
+  CHECK(ms_since(start) > 1800);
+  CHECK(rest.size() < 100);
+}
+
+TEST(after_cls_no_more_messages_come_and_the_last_can_be_finished) {
+  Process d;
+  Client client(d);
+  client.sub("t", "c", 2);
+  Client publisher(d);
+  publisher.mpub("t", {"a", "b", "c"});
+  const Message a = client.message(), b = client.message();
+  client.command("CLS");
+  client.expect("CLOSE_WAIT");
+  client.fin(a);
+  client.fin(b);
+  client.command("RDY 5");
+  EVENTUALLY(channel_count(d, "t", "c", "in_flight_count") == 0);
+  client.pub("other", "barrier");  // a message would have come before its answer
+  CHECK_EQ(channel_count(d, "t", "c", "depth"), 1);
+}
+
+TEST(ready_is_a_ceiling_and_0_stops_the_flow) {
+  Process d;
+  Client client(d);
+  client.sub("t", "c", 0);
+  Client(d).mpub("t", numbered("", 0, 20));
+  client.command("RDY 3");
+  std::vector<Message> held;
+  for (int i = 0; i < 3; i++) held.push_back(client.message());
+  client.pub("barrier", "x");
+  CHECK_EQ(channel_count(d, "t", "c", "in_flight_count"), 3);
+  client.fin(held[0]);
+  held[0] = client.message();
+  client.command("RDY 0");
+  for (const auto& message : held) client.fin(message);
+  client.pub("barrier", "x");
+  EVENTUALLY(channel_count(d, "t", "c", "in_flight_count") == 0);
+  CHECK_EQ(channel_count(d, "t", "c", "depth"), 16);
+}
+
+TEST(mpub_stores_all_or_nothing) {
+  Process d;
+  Client good(d), bad(d);
+  good.mpub("t", {"a", "b"});
+  bad.send("MPUB t\n" + be32(20) + be32(3) + be32(1) + "c" + be32(1) + "d" + be32(0));
+  bad.expect_error("E_BAD_MESSAGE MPUB invalid message(2) body size 0");
+  CHECK_EQ(sorted(bodies_of(drain(d, "t", "c"))), (Strings{"a", "b"}));
+}
+
+TEST(a_names_rules_hold_for_topics_and_channels) {
+  Process d;
+  const std::string longest(64, 'n');
+  for (const auto& name : {longest, std::string("a.b_c-D9"), std::string("e#ephemeral")}) {
+    Client client(d);
+    client.pub(name, "x");
+    client.sub(name, name, 0);
+  }
+  for (const auto& name :
+       {longest + "n", std::string("a/b"), std::string("#ephemeral"), std::string("a#b"), std::string("../x")}) {
+    Client client(d), subscriber(d);
+    client.command("PUB " + name);
+    client.expect_error("E_BAD_TOPIC");
+    subscriber.command("SUB t " + name);
+    subscriber.expect_error("E_BAD_CHANNEL");
+  }
+}
+
+TEST(ids_are_unique_over_topics_and_restarts) {
+  Process d;
+  std::set<std::string> ids;
+  for (int round = 0; round < 3; round++) {
+    for (const char* topic : {"t", "u"}) {
+      Client(d).mpub(topic, Strings(5000, "x"));
+      for (const auto& message : drain(d, topic, "c")) ids.insert(message.id);
+    }
+    d.restart(round == 0 ? SIGTERM : SIGKILL);
+  }
+  CHECK(ids.size() >= 3U * 5000);  // nsqd's are unique in a topic
+  CHECK_EQ(ids.size(), 3U * 2 * 5000);
+}
+
+TEST(it_listens_on_ipv6_and_on_names) {
+  sockaddr_in6 address{};
+  address.sin6_family = AF_INET6;
+  address.sin6_addr = in6addr_loopback;
+  const int fd = socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  Socket client(fd);
+  if (bind(fd, reinterpret_cast<sockaddr*>(&address), sizeof address) != 0) throw Skipped("no IPv6 here");
+  nsqd::Options options = local_options();
+  options.tcp_address = "[::1]:0";
+  options.http_address = "localhost:0";
+  Local d(options);
+  address.sin6_port = htons(static_cast<uint16_t>(d.tcp));
+  client = Socket(socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  CHECK(client.connected(reinterpret_cast<sockaddr*>(&address), sizeof address));
+  client.send("  V2PUB t\n" + be32(1) + "x");
+  CHECK_EQ(client.take(10), be32(6) + be32(0) + "OK");
+  CHECK(d.http > 0);
+}
+
+TEST(it_listens_on_unix_sockets_and_removes_them) {
+  const std::string path = g_folder + "/s.tcp", web = g_folder + "/s.http";
+  {
+    Process d({"--tcp-address=" + path, "--http-address=" + web});
+    Client client(path);
+    client.pub("t", "x");
+    Client consumer(path);
+    consumer.sub("t", "c");
+    CHECK_EQ(consumer.message().body, "x");
+    Socket http_client(connect_to(web));
+    http_client.send("GET /info HTTP/1.0\r\n\r\n");
+    CHECK_HAS(http_client.take_rest(), "\"tcp_port\":-1");
+    d.kill9();  // leaves its sockets behind, which is no trouble
+    d.start();
+    Client(path).pub("t", "y");
+    CHECK_EQ(d.stop(), 0);
+  }
+  CHECK(!exists(path) && !exists(web));
+}
+
+// =====================================================================================================================
+// Delivery
+// =====================================================================================================================
+
+TEST(each_channel_gets_every_message_and_its_consumers_share_them) {
+  Process d;
+  Client a1(d), a2(d), b(d), publisher(d);
+  a1.sub("t", "a", 50);
+  a2.sub("t", "a", 50);
+  b.sub("t", "b", 100);
+  publisher.mpub("t", numbered("m", 0, 100));
+  std::map<std::string, Strings> got;
+  for (int i = 0; i < 50; i++) {
+    got["a"].push_back(a1.message().body);
+    got["a"].push_back(a2.message().body);
+  }
+  for (int i = 0; i < 100; i++) got["b"].push_back(b.message().body);
+  CHECK_EQ(sorted(got["a"]), sorted(numbered("m", 0, 100)));
+  CHECK_EQ(sorted(got["b"]), sorted(numbered("m", 0, 100)));
+}
+
+TEST(the_first_channel_gets_all_that_waited_and_a_later_one_what_comes_after_it) {
+  Process d;
+  Client publisher(d);
+  publisher.mpub("t", numbered("early", 0, 10));
+  create_channel(d, "t", "first");
+  EVENTUALLY(channel_count(d, "t", "first", "depth") == 10);
+  create_channel(d, "t", "second");
+  publisher.mpub("t", numbered("late", 0, 5));
+  EVENTUALLY(channel_count(d, "t", "first", "depth") == 15);
+  CHECK_EQ(sorted(bodies_of(drain(d, "t", "second"))), numbered("late", 0, 5));
+  post(d, "/channel/delete?topic=t&channel=first");
+  post(d, "/channel/delete?topic=t&channel=second");
+  publisher.mpub("t", numbered("again", 0, 5));
+  CHECK_EQ(sorted(bodies_of(drain(d, "t", "third"))), numbered("again", 0, 5));
+}
+
+TEST(messages_come_in_the_order_in_which_they_were_published) {
+  Process d;
+  Client consumer(d), publisher(d);
+  publisher.mpub("t", numbered("m", 0, 100));
+  consumer.sub("t", "c", 10);
+  Strings got;
+  for (int i = 0; i < 300; i++) {
+    if (i == 90) publisher.mpub("t", numbered("m", 100, 300));
+    const Message message = consumer.message();
+    got.push_back(message.body);
+    consumer.fin(message);
+  }
+  CHECK_EQ(got, numbered("m", 0, 300));
+}
+
+TEST(a_message_in_flight_comes_back_after_its_timeout) {
+  Process d({"--msg-timeout=300ms"});
+  Client consumer(d);
+  consumer.sub("t", "c");
+  Client(d).pub("t", "x");
+  for (int attempt = 1; attempt <= 3; attempt++) {
+    const Message message = consumer.message();
+    CHECK_EQ(message.attempts, attempt);
+    CHECK_EQ(message.body, "x");
+  }
+  CHECK_EQ(channel_count(d, "t", "c", "timeout_count"), 2);
+}
+
+TEST(a_touch_puts_the_timeout_off_until_the_cap) {
+  Process d({"--max-msg-timeout=2500ms"});
+  Client consumer(d);
+  consumer.identify("{\"msg_timeout\":1000}");
+  consumer.sub("t", "c");
+  Client(d).pub("t", "x");
+  const Message first = consumer.message();
+  const auto start = Clock::now();
+  std::optional<Message> again;
+  while (!again) {
+    consumer.touch(first);
+    again = consumer.try_message(100ms);
+  }
+  CHECK_EQ(again->attempts, 2);
+  CHECK(ms_since(start) >= 2400);
+}
+
+TEST(a_requeued_message_comes_back_at_once_or_when_asked) {
+  Process d;
+  Client consumer(d);
+  consumer.sub("t", "c");
+  Client(d).pub("t", "x");
+  consumer.req(consumer.message(), 0);
+  Message message = consumer.message();
+  CHECK_EQ(message.attempts, 2);
+  const auto start = Clock::now();
+  consumer.req(message, 400);
+  EVENTUALLY(channel_count(d, "t", "c", "deferred_count") == 1);
+  message = consumer.message();
+  CHECK(ms_since(start) >= 395);
+  CHECK_EQ(message.attempts, 3);
+  CHECK_EQ(channel_count(d, "t", "c", "requeue_count"), 2);
+}
+
+TEST(a_deferred_message_comes_when_it_is_due_and_not_before) {
+  Process d;
+  Client consumer(d), publisher(d);
+  consumer.sub("t", "c", 10);
+  const auto start = Clock::now();
+  publisher.dpub("t", 900, "late");
+  publisher.dpub("t", 450, "sooner");
+  post(d, "/pub?topic=t&defer=0", "now");
+  CHECK_EQ(consumer.message().body, "now");
+  CHECK_EQ(channel_count(d, "t", "c", "deferred_count"), 2);
+  CHECK_EQ(consumer.message().body, "sooner");
+  CHECK(ms_since(start) >= 445);
+  CHECK_EQ(consumer.message().body, "late");
+  CHECK(ms_since(start) >= 895);
+}
+
+TEST(only_the_one_who_holds_a_message_can_finish_it) {
+  Process d;
+  Client holder(d), other(d);
+  holder.sub("t", "c");
+  other.sub("t", "c", 0);
+  Client(d).pub("t", "x");
+  const Message message = holder.message();
+  other.fin(message);
+  other.expect_error("E_FIN_FAILED FIN " + message.id + " failed");
+  holder.fin(message);
+  holder.fin(message);
+  holder.expect_error("E_FIN_FAILED FIN " + message.id + " failed ID not in flight");
+}
+
+TEST(what_a_lost_consumer_held_goes_to_another_after_the_timeout) {
+  Process d({"--msg-timeout=500ms"});
+  {
+    Client lost(d);
+    lost.sub("t", "c", 5);
+    Client(d).mpub("t", numbered("m", 0, 5));
+    for (int i = 0; i < 5; i++) lost.message();
+  }
+  const auto messages = drain(d, "t", "c");
+  CHECK_EQ(sorted(bodies_of(messages)), numbered("m", 0, 5));
+  for (const auto& message : messages) CHECK_EQ(message.attempts, 2);
+}
+
+TEST(a_paused_channel_or_topic_holds_its_messages) {
+  Process d;
+  Client consumer(d), publisher(d);
+  consumer.sub("t", "c", 10);
+  post(d, "/channel/pause?topic=t&channel=c");
+  publisher.pub("t", "a");
+  EVENTUALLY(channel_count(d, "t", "c", "depth") == 1);
+  CHECK_EQ(channel_count(d, "t", "c", "in_flight_count"), 0);
+  post(d, "/topic/pause?topic=t");
+  post(d, "/channel/unpause?topic=t&channel=c");
+  CHECK_EQ(consumer.message().body, "a");
+  publisher.pub("t", "b");
+  CHECK_EQ(topic_count(d, "t", "depth"), 1);
+  CHECK_EQ(channel_count(d, "t", "c", "depth"), 0);
+  post(d, "/topic/unpause?topic=t");
+  CHECK_EQ(consumer.message().body, "b");
+}
+
+TEST(emptying_a_channel_drops_all_that_it_has_and_nothing_of_others) {
+  Process d;
+  Client consumer(d), publisher(d);
+  create_channel(d, "t", "other");
+  consumer.sub("t", "c", 2);
+  publisher.mpub("t", numbered("m", 0, 5));
+  publisher.dpub("t", 60000, "deferred");
+  const Message held = consumer.message();
+  consumer.message();
+  EVENTUALLY(channel_count(d, "t", "c", "deferred_count") == 1);
+  post(d, "/channel/empty?topic=t&channel=c");
+  for (const char* key : {"depth", "in_flight_count", "deferred_count"}) CHECK_EQ(channel_count(d, "t", "c", key), 0);
+  consumer.fin(held);
+  consumer.expect_error("E_FIN_FAILED");
+  publisher.pub("t", "new");
+  CHECK_EQ(consumer.message().body, "new");
+  CHECK_EQ(channel_count(d, "t", "other", "depth"), 6);
+}
+
+TEST(emptying_a_topic_drops_what_no_channel_has_yet) {
+  Process d;
+  Client publisher(d);
+  publisher.mpub("t", numbered("old", 0, 5));
+  post(d, "/topic/empty?topic=t");
+  CHECK_EQ(topic_count(d, "t", "depth"), 0);
+  publisher.mpub("t", numbered("new", 0, 5));
+  CHECK_EQ(bodies_of(drain(d, "t", "c")), numbered("new", 0, 5));
+}
+
+TEST(deleting_a_channel_or_topic_closes_its_consumers_and_not_its_publishers) {
+  Process d;
+  Client on_channel(d), on_topic(d), publisher(d);
+  publisher.pub("t", "x");
+  on_channel.sub("t", "c", 0);
+  on_topic.sub("t", "d", 0);
+  post(d, "/channel/delete?topic=t&channel=c");
+  CHECK(on_channel.closed());
+  CHECK_EQ(channel_count(d, "t", "d", "client_count"), 1);
+  post(d, "/topic/delete?topic=t");
+  CHECK(on_topic.closed());
+  publisher.pub("t", "a new topic of that name");
+  CHECK_EQ(topic_count(d, "t", "message_count"), 1);
+}
+
+TEST(a_sample_rate_passes_about_that_share) {
+  Process d;
+  Client consumer(d);
+  consumer.command("IDENTIFY", "{\"feature_negotiation\":true,\"sample_rate\":29}");
+  consumer.frame();
+  consumer.sub("t", "c", 2500);
+  Client(d).mpub("t", Strings(4000, "x"));
+  EVENTUALLY(channel_count(d, "t", "c", "depth") == 0);
+  const int64_t taken = channel_count(d, "t", "c", "in_flight_count");
+  CHECK(taken > 1000 && taken < 1400);  // 30 % of 4,000, give or take seven standard deviations
+}
+
+TEST(a_limit_on_consumers_is_kept) {
+  Process d({"--max-channel-consumers=2"});
+  Client first(d), second(d), third(d);
+  first.sub("t", "c");
+  second.sub("t", "c");
+  third.command("SUB t c");
+  third.expect_error("E_SUB_FAILED SUB failed consumers for t:c exceeds limit of 2");
+  first.close();
+  EVENTUALLY(channel_count(d, "t", "c", "client_count") == 1);
+  Client fourth(d);
+  fourth.sub("t", "c");
+}
+
+TEST(the_numbers_in_the_stats_add_up) {
+  Process d;
+  Client consumer(d), publisher(d);
+  create_channel(d, "t", "c");
+  publisher.mpub("t", numbered("m", 0, 50));
+  publisher.dpub("t", 60000, "later");
+  consumer.sub("t", "c", 20);
+  for (int i = 0; i < 10; i++) consumer.fin(consumer.message());
+  consumer.req(consumer.message(), 0);
+  consumer.command("RDY 0");
+  publisher.pub("barrier", "x");
+  EVENTUALLY(channel_count(d, "t", "c", "requeue_count") == 1);
+  const auto count = [&](const char* key) { return channel_count(d, "t", "c", key); };
+  CHECK_EQ(count("message_count"), 51);
+  EVENTUALLY(count("depth") + count("in_flight_count") + count("deferred_count") == 41);
+  CHECK_EQ(count("deferred_count"), 1);
+  CHECK_EQ(topic_count(d, "t", "message_count"), 51);
+  CHECK_EQ(topic_count(d, "t", "message_bytes"), 10 * 2 + 40 * 3 + 5);
+  const std::string all = get(d, "/stats?format=json");
+  CHECK_HAS(all, "\"finish_count\":10");
+  CHECK_HAS(all, "\"pub_counts\":[{\"topic\":\"");
+}
+
+// =====================================================================================================================
+// HTTP
+// =====================================================================================================================
+
+TEST(curl_can_publish_and_look) {
+  Process d;
+  CHECK_EQ(get(d, "/ping"), "OK");
+  CHECK_EQ(post(d, "/pub?topic=t", "one"), "OK");
+  CHECK_EQ(post(d, "/mpub?topic=t", "two\n\nthree\nfour"), "OK");
+  CHECK_EQ(post(d, "/mpub?topic=t&binary=true", be32(2) + be32(4) + "fi\nv" + be32(3) + "six"), "OK");
+  CHECK_EQ(sorted(bodies_of(drain(d, "t", "c"))), (Strings{"fi\nv", "four", "one", "six", "three", "two"}));
+  CHECK_EQ(number_at(get(d, "/info"), "tcp_port", 0), d.tcp);
+  CHECK_HAS(get(d, "/stats"), "[t              ] depth: 0 ");
+  CHECK_EQ(http(d, "POST", "/pub?topic=t").body, "{\"message\":\"MSG_EMPTY\"}");
+  CHECK_EQ(http(d, "POST", "/pub?topic=t", std::string(1048577, 'x')).status, 413);
+  CHECK_EQ(http(d, "GET", "/pub?topic=t").status, 405);
+  CHECK_EQ(http(d, "GET", "/nowhere").body, "{\"message\":\"NOT_FOUND\"}");
+}
+
+TEST(one_connection_takes_many_requests_even_before_their_answers) {
+  Process d;
+  Http connection(d);
+  for (int i = 0; i < 50; i++) connection.request("POST", "/pub?topic=t", "m" + std::to_string(i));
+  connection.request("GET", "/stats?format=json");
+  connection.request("GET", "/nowhere");
+  for (int i = 0; i < 50; i++) CHECK_EQ(connection.reply().body, "OK");
+  const Reply stats = connection.reply();
+  CHECK_EQ(number_at(stats.body, "message_count", 0), 50);
+  CHECK_EQ(stats.headers.at("x-nsq-content-type"), "nsq; version=1.0");
+  CHECK_EQ(connection.reply().status, 404);
+}
+
+TEST(chunked_bodies_and_expect_100_continue_work_byte_by_byte) {
+  Process d;
+  Http connection(d);
+  const std::string head = "POST /pub?topic=t HTTP/1.1\r\nHost: x\r\n";
+  for (const char c : head + "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n6;x=y\r\n world\r\n0\r\nT: 1\r\n\r\n") {
+    connection.send(std::string(1, c));
+  }
+  CHECK_EQ(connection.reply().body, "OK");
+  connection.send(head + "Content-Length: 4\r\nExpect: 100-continue\r\n\r\n");
+  CHECK_EQ(connection.take_line(), "HTTP/1.1 100 Continue\r\n");
+  connection.take_line();
+  connection.send("late");
+  CHECK_EQ(connection.reply().body, "OK");
+  CHECK_EQ(sorted(bodies_of(drain(d, "t", "c"))), (Strings{"hello world", "late"}));
+}
+
+TEST(http_1_0_and_connection_close_end_the_connection) {
+  Process d;
+  for (const char* request :
+       {"GET /ping HTTP/1.0\r\n\r\n", "GET /ping HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"}) {
+    Http connection(d);
+    connection.send(request);
+    const std::string all = connection.take_rest();
+    CHECK_HAS(all, " 200 OK\r\n");
+    CHECK_EQ(all.substr(all.size() - 6), "\r\n\r\nOK");
+  }
+}
+
+TEST(bad_requests_are_refused_and_stop_nobody) {
+  Process d;
+  const std::string host = "Host: x\r\n";
+  for (const std::string& request :
+       Strings{"nonsense\r\n\r\n", "GET /ping\r\n\r\n" + host,
+               "GET /ping HTTP/1.1\r\n" + host + "a header without colon\r\n\r\n",
+               "POST /pub?topic=t HTTP/1.1\r\n" + host + "Content-Length: -1\r\n\r\n",
+               "POST /pub?topic=t HTTP/1.1\r\n" + host + "Content-Length: 1x\r\n\r\nx",
+               "POST /pub?topic=t HTTP/1.1\r\n" + host + "Content-Length: 1\r\nContent-Length: 2\r\n\r\nxx",
+               "POST /pub?topic=t HTTP/1.1\r\n" + host + "Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+               "POST /pub?topic=t HTTP/1.1\r\n" + host + "Transfer-Encoding: chunked\r\n\r\nfffffffffffffffff\r\nx"}) {
+    Http connection(d);
+    connection.send(request);
+    const std::string answer = connection.take_rest();
+    if (answer.find("HTTP/1.1 2") != std::string::npos) fail(__LINE__, show(request) + " gets " + show(answer));
+  }
+  Http huge(d);
+  huge.try_send("GET /ping HTTP/1.1\r\n" + host + "X: " + std::string(3000000, 'x') + "\r\n\r\n", patience());
+  CHECK_EQ(huge.take_rest().find("HTTP/1.1 200"), std::string::npos);
+  CHECK_EQ(get(d, "/ping"), "OK");
+  CHECK_EQ(topic_count(d, "t", "message_count") <= 0, true);
+}
+
+TEST(topics_and_channels_are_managed_over_http) {
+  Process d;
+  const std::string both = "?topic=t&channel=c";
+  CHECK_EQ(http(d, "POST", "/channel/create" + both).body, "{\"message\":\"TOPIC_NOT_FOUND\"}");
+  create_channel(d, "t", "c");
+  for (const char* what : {"pause", "unpause", "empty"}) {
+    post(d, "/topic/" + std::string(what) + "?topic=t");
+    post(d, "/channel/" + std::string(what) + both);
+  }
+  post(d, "/channel/delete" + both);
+  CHECK_EQ(http(d, "POST", "/channel/delete" + both).body, "{\"message\":\"CHANNEL_NOT_FOUND\"}");
+  post(d, "/topic/delete?topic=t");
+  CHECK_EQ(http(d, "POST", "/topic/delete?topic=t").body, "{\"message\":\"TOPIC_NOT_FOUND\"}");
+  CHECK_HAS(get(d, "/stats?format=json"), "\"topics\":[]");
+}
+
+TEST(the_log_level_can_be_changed_while_it_runs) {
+  Process d;
+  CHECK_EQ(http(d, "PUT", "/config/log_level", "Error").body, "4");
+  get(d, "/info");
+  CHECK_EQ(http(d, "PUT", "/config/log_level", "debug").body, "1");
+  get(d, "/ping");
+  EVENTUALLY(d.log().find("GET /ping") != std::string::npos);
+  CHECK_EQ(d.log().find("GET /info"), std::string::npos);
+  CHECK_EQ(http(d, "PUT", "/config/log_level", "loud").status, 400);
+}
+
+TEST(what_clients_call_themselves_cannot_break_the_json) {
+  Process d;
+  Client client(d);
+  client.identify(
+      "{\"client_id\":\"a\\\"b\\\\\",\"hostname\":\"<script>\",\"user_agent\":\"x\\r\\ny\\u0000\xc3\x28\"}");
+  client.sub("t", "c", 0);
+  const std::string stats = get(d, "/stats?format=json");
+  CHECK_HAS(stats, "\"client_id\":\"a\\\"b\\\\\",\"hostname\":\"\\u003cscript\\u003e\"");
+  CHECK_EQ(stats.find('\r'), std::string::npos);
+  CHECK_EQ(stats.find('\0'), std::string::npos);
+}
+
+TEST(a_page_of_another_site_can_change_nothing) {
+  Process d;
+  Client(d).pub("t", "x");
+  for (const char* headers :
+       {"Origin: http://evil.example\r\n", "Sec-Fetch-Site: cross-site\r\n", "Origin: null\r\n"}) {
+    for (const char* target : {"/pub?topic=t", "/topic/delete?topic=t", "/topic/create?topic=u"}) {
+      CHECK_EQ(http(d, "POST", target, "x", headers).status, 403);
+    }
+    CHECK_EQ(http(d, "PUT", "/config/log_level", "debug", headers).status, 403);
+  }
+  Http rebound(d);  // evil.example now resolves to 127.0.0.1: the browser takes it for the same site
+  rebound.send(
+      "POST /topic/delete?topic=t HTTP/1.1\r\nHost: evil.example:4151\r\nOrigin: http://evil.example:4151\r\n"
+      "Sec-Fetch-Site: same-origin\r\nContent-Length: 0\r\n\r\n");
+  CHECK_EQ(rebound.reply().status, 403);
+  CHECK_EQ(http(d, "POST", "/pub?topic=t", "x", "User-Agent: curl/8\r\n").status, 200);
+  CHECK_EQ(topic_count(d, "t", "depth"), 2);
+}
+
+// =====================================================================================================================
+// Storage and recovery
+// =====================================================================================================================
+
+TEST(what_was_acknowledged_survives_a_kill_with_its_id_and_time) {
+  Process d;
+  create_channel(d, "t", "spared");
+  create_channel(d, "t", "c");
+  Client client(d);
+  client.mpub("t", numbered("tcp", 0, 500));
+  client.pub("waits", "for a channel");
+  post(d, "/mpub?topic=t", "http0\nhttp1");
+  client.sub("t", "c", 1);
+  const Message seen = client.message();
+  d.restart(SIGKILL);
+  std::vector<Message> messages = drain(d, "t", "spared");
+  CHECK_EQ(messages.size(), 502U);
+  CHECK_EQ(messages[0].id, seen.id);
+  CHECK_EQ(messages[0].timestamp, seen.timestamp);
+  for (const auto& message : messages) CHECK_EQ(message.attempts, 1);
+  messages = drain(d, "t", "c");
+  CHECK_EQ(messages.size(), 502U);
+  for (const auto& message : messages) CHECK_EQ(message.attempts, message.id == seen.id ? 2 : 1);
+  CHECK_EQ(bodies_of(drain(d, "waits", "c")), Strings{"for a channel"});
+}
+
+TEST(what_was_finished_does_not_come_back) {
+  Process d;
+  Client client(d);
+  client.mpub("t", numbered("m", 0, 1000));
+  client.sub("t", "c", 1000);
+  std::set<std::string> left;
+  for (int i = 0; i < 1000; i++) {
+    const Message message = client.message();
+    if (i % 3 == 0) left.insert(message.body);
+    else client.fin(message);
+  }
+  client.pub("barrier", "all FINs before this are done");
+  for (const int with : {SIGKILL, SIGTERM, SIGHUP, SIGKILL}) {  // SIGHUP ends it at once, as it does nsqd
+    d.restart(with);
+    EVENTUALLY(channel_count(d, "t", "c", "depth") == static_cast<int64_t>(left.size()));
+  }
+  const auto messages = drain(d, "t", "c");
+  CHECK_EQ(set_of(bodies_of(messages)), left);
+  CHECK_EQ(messages.size(), left.size());
+  d.restart();
+  CHECK_EQ(channel_count(d, "t", "c", "depth"), 0);
+}
+
+TEST(attempts_are_counted_over_restarts) {
+  Process d;
+  Client(d).pub("t", "x");
+  for (int attempt = 1; attempt <= 6; attempt++) {
+    Client consumer(d);
+    consumer.sub("t", "c");
+    const Message message = consumer.message();
+    CHECK_EQ(message.attempts, attempt);
+    if (attempt % 3 == 0) {  // requeued, and not only in flight
+      consumer.req(message, 0);
+      consumer.command("RDY 0");
+      consumer.pub("barrier", "x");
+    }
+    if (attempt % 3 == 0 && consumer.try_message(0ms)) attempt++;  // it came again before RDY 0 did
+    d.restart(attempt % 2 == 0 ? SIGKILL : SIGTERM);
+  }
+}
+
+TEST(deferred_messages_keep_their_time_over_restarts) {
+  for (const int with : {SIGKILL, SIGTERM}) {
+    Process d({}, folder("data" + std::to_string(with)));
+    Client client(d);
+    client.sub("t", "c", 1);
+    client.pub("t", "requeued");
+    const Message message = client.message();
+    const auto start = Clock::now();
+    client.req(message, 1500);
+    client.dpub("t", 1200, "deferred");
+    client.dpub("t", 3600000, "in an hour");
+    d.restart(with);
+    EVENTUALLY(channel_count(d, "t", "c", "deferred_count") == 3 || ms_since(start) > 1100);
+    Client consumer(d);
+    consumer.sub("t", "c", 10);
+    CHECK_EQ(consumer.message().body, "deferred");
+    CHECK(ms_since(start) >= 1195);
+    const Message again = consumer.message();
+    CHECK(ms_since(start) >= 1495);
+    CHECK_EQ(again.body, "requeued");
+    CHECK_EQ(again.attempts, 2);
+    CHECK_EQ(channel_count(d, "t", "c", "deferred_count"), 1);
+  }
+}
+
+TEST(a_pause_and_the_topics_own_wait_survive_a_kill) {
+  Process d;
+  create_channel(d, "t", "c");
+  Client client(d);
+  client.mpub("t", numbered("given", 0, 10));
+  post(d, "/topic/pause?topic=t");
+  client.mpub("t", numbered("kept", 0, 10));
+  d.restart();
+  CHECK_EQ(topic_count(d, "t", "depth"), 10);
+  CHECK_EQ(channel_count(d, "t", "c", "depth"), 10);
+  create_channel(d, "t", "later");
+  CHECK_EQ(channel_count(d, "t", "later", "depth"), 0);
+  post(d, "/topic/unpause?topic=t");
+  EVENTUALLY(channel_count(d, "t", "c", "depth") == 20);
+  CHECK_EQ(bodies_of(drain(d, "t", "later")), numbered("kept", 0, 10));
+  d.restart();
+  CHECK_EQ(channel_count(d, "t", "c", "depth"), 20);
+  CHECK_EQ(channel_count(d, "t", "later", "depth"), 0);
+}
+
+TEST(an_emptied_channel_is_empty_after_a_kill) {
+  Process d;
+  create_channel(d, "t", "c");
+  create_channel(d, "t", "other");
+  Client client(d);
+  client.mpub("t", numbered("m", 0, 100));
+  client.dpub("t", 3600000, "deferred");
+  client.mpub("u", numbered("m", 0, 100));
+  post(d, "/channel/empty?topic=t&channel=c");
+  post(d, "/topic/empty?topic=u");
+  d.restart();
+  CHECK_EQ(channel_count(d, "t", "c", "depth") + channel_count(d, "t", "c", "deferred_count"), 0);
+  CHECK_EQ(channel_count(d, "t", "other", "depth") + channel_count(d, "t", "other", "deferred_count"), 101);
+  CHECK_EQ(topic_count(d, "u", "depth"), 0);
+}
+
+TEST(a_log_of_many_segments_is_whole_after_a_kill_and_gone_when_consumed) {
+  Process d({"--max-bytes-per-file=65536"});
+  Client client(d);
+  create_channel(d, "t", "c");
+  Strings bodies;
+  for (int i = 0; i < 400; i++)
+    bodies.push_back(std::to_string(i) + std::string(static_cast<size_t>(i * 7 % 3000), 'x'));
+  bodies.push_back(std::string(300000, 'y'));  // larger than a segment
+  for (const auto& body : bodies) client.pub("t", body);
+  CHECK(files(d.data_path, ".segment").size() >= 5);
+  d.restart();
+  CHECK_EQ(bodies_of(drain(d, "t", "c")), bodies);
+  EVENTUALLY(files(d.data_path, "t.").size() <= 3);  // the tail, perhaps one to use again
+  EVENTUALLY(files(d.data_path, "t:").size() <= 3);
+  d.restart();
+  CHECK_EQ(channel_count(d, "t", "c", "depth"), 0);
+}
+
+TEST(one_message_that_is_never_finished_holds_only_its_own_segment) {
+  Process d({"--max-bytes-per-file=65536"});
+  Client holder(d), client(d), consumer(d);
+  client.pub("t", "held");
+  holder.sub("t", "c", 1);
+  CHECK_EQ(holder.message().body, "held");
+  consumer.sub("t", "c", 300);
+  for (int round = 0; round < 3; round++) {
+    client.mpub("t", Strings(300, std::string(1000, 'x')));
+    for (int i = 0; i < 300; i++) consumer.fin(consumer.message());
+  }
+  EVENTUALLY(channel_count(d, "t", "c", "in_flight_count") == 1);
+  EVENTUALLY(files(d.data_path, ".segment").size() <= 4);
+  d.restart();
+  CHECK_EQ(bodies_of(drain(d, "t", "c")), Strings{"held"});
+}
+
+TEST(a_backlog_does_not_stay_in_memory) {
+  Process d({"--max-bytes-per-file=4194304"});
+  Client client(d);
+  create_channel(d, "t", "c");
+  if (proc_status(d.pid(), "RssAnon") < 0) throw Skipped("no /proc/<pid>/status here");
+  const int64_t before = proc_status(d.pid(), "RssAnon");
+  for (int i = 0; i < 60; i++) client.mpub("t", Strings(5000, std::string(200, 'x')));
+  CHECK_EQ(channel_count(d, "t", "c", "depth"), 300000);
+  EVENTUALLY(channel_count(d, "t", "c", "backend_depth") > 100000);
+  CHECK(proc_status(d.pid(), "RssAnon") - before < 20000);
+  CHECK(proc_status(d.pid(), "RssFile") < 40000);
+  d.restart();
+  CHECK_EQ(drain(d, "t", "c").size(), 300000U);
+}
+
+TEST(files_that_are_not_its_own_are_left_alone) {
+  const std::string data = folder("data");
+  for (const char* name :
+       {"README", "x.segment", "t.00000000000000000000.segment.bak", "t:c.state", "nsqd.dat.1234.tmp"}) {
+    write_file(data + "/" + name, "not yours");
+  }
+  Process d;
+  Client(d).pub("t", "x");
+  d.restart();
+  CHECK_EQ(drain(d, "t", "c").size(), 1U);
+  for (const char* name : {"README", "x.segment", "t.00000000000000000000.segment.bak"})
+    CHECK_EQ(read_file(data + "/" + name), "not yours");
+}
+
+// ---- Killed at full speed
+
+// Publishes until the connection ends; returns what was acknowledged.
+Strings publish_until_it_ends(const Ports& daemon, const std::string& prefix) {
+  Strings acknowledged;
+  try {
+    Client client(daemon);
+    for (int n = 0;; n += 40) {
+      std::string all, batch = be32(20);
+      for (const auto& body : numbered(prefix, n, n + 20)) all += "PUB t\n" + be32(body.size()) + body;
+      for (const auto& body : numbered(prefix, n + 20, n + 40)) batch += be32(body.size()) + body;
+      client.send(all + "MPUB t\n" + be32(batch.size()) + batch);
+      for (int i = 0; i <= 20; i++) {
+        client.expect("OK");
+        for (const auto& body : numbered(prefix, n + i, n + (i < 20 ? i + 1 : 40))) acknowledged.push_back(body);
+      }
+    }
+  } catch (const Failed&) {
+    return acknowledged;
+  }
+}
+
+struct Consumed {
+  std::unordered_set<std::string> received;  // its message came
+  std::unordered_set<std::string>
+      finished;  // the daemon has done its FIN: it answered a command that was sent after it
+};
+
+Consumed consume_until_it_ends(const Ports& daemon) {
+  Consumed all;
+  try {
+    Client client(daemon);
+    client.sub("t", "a", 500);
+    Strings sent, under_way;
+    while (const auto frame = client.frame()) {
+      if (frame->type == 0) all.finished.insert(under_way.begin(), under_way.end()), under_way.clear();
+      if (frame->type != 2) continue;
+      const Message message = Client::parse(frame->data);
+      all.received.insert(message.body);
+      client.fin(message);
+      sent.push_back(message.body);
+      if (sent.size() < 50 || !under_way.empty()) continue;
+      under_way.swap(sent);
+      client.command("PUB barrier#ephemeral", "x");
+    }
+  } catch (const Failed&) {}
+  return all;
+}
+
+// One round: two publishers and two consumers at full speed, the end, a start; then all that is left is looked at.
+void kill_round(Process& d, int round, const std::vector<int>& signals, int line) {
+  const std::string prefix = std::to_string(round) + ".";
+  std::vector<std::future<Strings>> publishers;
+  std::vector<std::future<Consumed>> consumers;
+  const Ports ports = d;
+  for (const char* name : {"p.", "q."})
+    publishers.push_back(std::async(std::launch::async, publish_until_it_ends, ports, prefix + name));
+  for (int i = 0; i < 2; i++) consumers.push_back(std::async(std::launch::async, consume_until_it_ends, ports));
+  std::this_thread::sleep_for(std::chrono::microseconds(30000 + (now_ns() / 1000) % 300000));  // a random moment
+  for (const int number : signals) d.signal(number);
+  const int status = d.wait(line);
+  if (signals.back() == SIGTERM && status != 0) fail(line, "ended with " + std::to_string(status));
+  Strings acknowledged;
+  for (auto& publisher : publishers)
+    for (auto& body : publisher.get()) acknowledged.push_back(std::move(body));
+  Consumed before;
+  for (auto& consumer : consumers) {
+    Consumed some = consumer.get();
+    before.received.merge(some.received);
+    before.finished.merge(some.finished);
+  }
+  d.start(line);
+  std::map<std::string, int> a, b;
+  int duplicates = 0, unborn = 0;
+  for (const auto& message : drain(d, "t", "a", line)) {
+    if (before.finished.count(message.body) != 0) fail(line, message.body + " was finished and came again");
+    if (a[message.body]++ != 0) fail(line, message.body + " came twice after the restart");
+    if (before.received.count(message.body) != 0) duplicates++, unborn += message.attempts < 2;
+  }
+  for (const auto& message : drain(d, "t", "b", line))
+    if (b[message.body]++ != 0) fail(line, message.body + " came twice to b");
+  if (unborn != 0) fail(line, std::to_string(unborn) + " messages that came before have attempts 1");
+  for (const auto& body : acknowledged) {
+    if (b.count(body) == 0) fail(line, body + " was acknowledged and is lost to the channel without consumer");
+    if (a.count(body) == 0 && before.received.count(body) == 0)
+      fail(line, body + " was acknowledged and is lost to the channel with consumers");
+  }
+  std::printf("%zu acknowledged, %zu received, %zu finished, %d again\n", acknowledged.size(), before.received.size(),
+              before.finished.size(), duplicates);
+}
+
+void kill_rounds(const std::vector<int>& signals, int line = __builtin_LINE()) {
+  Process d;
+  create_channel(d, "t", "a");
+  create_channel(d, "t", "b");
+  const int rounds = static_cast<int>(number_from_environment("KILL_ROUNDS", 3));
+  for (int round = 0; round < rounds; round++) kill_round(d, round, signals, line);
+}
+
+TEST(nothing_acknowledged_is_lost_when_it_is_killed_at_full_speed) { kill_rounds({SIGKILL}); }
+TEST(nothing_acknowledged_is_lost_when_it_is_stopped_at_full_speed) { kill_rounds({SIGTERM}); }
+TEST(nothing_acknowledged_is_lost_when_it_is_frozen_and_killed) { kill_rounds({SIGSTOP, SIGKILL}); }
+
+// ---- Damaged files
+
+constexpr int kMessages = 8;
+const std::string kBody = "the body of message ";
+
+// A data folder with kMessages in topic t for channel c, as a daemon leaves it; with the places of the messages.
+struct Stored {
+  std::string folder, segment, bytes;             // the segment file's name and content
+  std::vector<std::pair<size_t, size_t>> frames;  // [from, to) of each message in it
+  size_t slots = 0;                               // where the slots at its end begin
+};
+
+Stored store_messages() {
+  Stored stored;
+  stored.folder = folder("whole");
+  {
+    Local d(stored.folder);
+    d->create_channel("t", "c");
+    for (const auto& body : numbered(kBody, 0, kMessages)) d->publish("t", body);
+    d->stop();
+  }
+  const Strings segments = files(stored.folder, ".segment");
+  CHECK_EQ(segments.size(), 1U);
+  stored.segment = segments[0];
+  stored.bytes = read_file(stored.folder + "/" + stored.segment);
+  for (const auto& body : numbered(kBody, 0, kMessages)) {
+    const size_t at = stored.bytes.find(body);
+    CHECK(at != std::string::npos);
+    stored.frames.emplace_back(at - 34, at + body.size());  // size, type, timestamp, attempts and id before it
+  }
+  stored.slots = stored.bytes.size();
+  while (stored.slots > stored.frames.back().second &&
+         stored.bytes.find_last_not_of('\0', stored.slots - 1) + 8 >= stored.slots) {
+    stored.slots--;
+  }
+  return stored;
+}
+
+// Starts a daemon on a copy with other bytes in the file `name`; the bodies that it delivers, or nothing when it refuses
+// to start: then with a reason that names the file, and with the file as it was.
+std::optional<Strings> delivered_from(const Stored& stored, const std::string& name, const std::string& bytes,
+                                      int line = __builtin_LINE()) {
+  const std::string copy = copy_of(stored.folder, "damaged");
+  write_file(copy + "/" + name, bytes);
+  nsqd::Options options = local_options(copy);
+  options.log = [](std::string_view) {};
+  try {
+    Local d(options);
+    nsqd::Subscription consumer = d->subscribe("t", "c", kMessages);
+    Strings out;
+    const auto waiting = [&] { return d->stats().topics.at(0).channels.at(0).depth; };
+    for (const auto end = Clock::now() + patience(); Clock::now() < end;) {
+      if (const auto message = consumer.next(1ms)) out.push_back(message->body);
+      else if (waiting() == 0 && d->stats().topics[0].channels[0].in_flight_count == static_cast<int64_t>(out.size()))
+        break;
+    }
+    if (waiting() != 0) fail(line, "a message is counted but does not come");
+    for (const auto& body : out)
+      if (set_of(numbered(kBody, 0, kMessages)).count(body) == 0) fail(line, "a damaged message came: " + show(body));
+    if (set_of(out).size() != out.size()) fail(line, "a message came twice");
+    return out;
+  } catch (const std::runtime_error& refused) {
+    if (dynamic_cast<const Failed*>(&refused) != nullptr) throw;
+    if (std::string(refused.what()).find(name) == std::string::npos)
+      fail(line, "does not name the file: " + std::string(refused.what()));
+    if (read_file(copy + "/" + name) != bytes) fail(line, "refuses the file and yet changes it");
+    return {};
+  }
+}
+
+// What is left of the messages when those in [from, to) are damaged.
+Strings untouched(const Stored& stored, size_t from, size_t to) {
+  Strings out;
+  for (size_t i = 0; i < kMessages; i++) {
+    if (stored.frames[i].second <= from || stored.frames[i].first >= to) out.push_back(kBody + std::to_string(i));
+  }
+  return out;
+}
+
+TEST(a_flipped_byte_of_a_record_costs_that_record_only) {
+  const Stored stored = store_messages();
+  for (size_t at = stored.frames[kMessages - 3].first; at < stored.frames.back().second + 16; at++) {
+    std::string bytes = stored.bytes;
+    bytes[at] = static_cast<char>(bytes[at] ^ (at % 2 == 0 ? 0xff : 0x01));
+    const auto got = delivered_from(stored, stored.segment, bytes);
+    if (!got || sorted(*got) != untouched(stored, at, at + 1))
+      fail(__LINE__, "byte " + std::to_string(at) + " leaves " + show(got.value_or(Strings{"refused"})));
+  }
+}
+
+TEST(a_flipped_byte_of_a_header_is_harmless_or_refused) {
+  const Stored stored = store_messages();
+  for (size_t at = 0; at < stored.frames[0].first; at++) {
+    for (const int mask : {0x01, 0xff}) {
+      std::string bytes = stored.bytes;
+      bytes[at] = static_cast<char>(bytes[at] ^ mask);
+      const auto got = delivered_from(stored, stored.segment, bytes);
+      if (got && got->size() != kMessages) fail(__LINE__, "byte " + std::to_string(at) + " leaves " + show(*got));
+    }
+  }
+}
+
+TEST(a_flipped_byte_of_a_slot_costs_at_most_its_record) {
+  const Stored stored = store_messages();
+  for (size_t at = stored.slots; at < stored.bytes.size(); at++) {
+    std::string bytes = stored.bytes;
+    bytes[at] = static_cast<char>(bytes[at] ^ 0x11);
+    const auto got = delivered_from(stored, stored.segment, bytes);
+    if (got && got->size() + 1 < kMessages) fail(__LINE__, "byte " + std::to_string(at) + " leaves " + show(*got));
+  }
+}
+
+TEST(pages_that_never_reached_the_disk_cost_only_what_was_in_them) {
+  const Stored stored = store_messages();
+  const size_t end = stored.frames.back().second;
+  for (size_t from = stored.frames[kMessages - 3].first; from < end; from += 3) {
+    std::string bytes = stored.bytes;
+    std::fill(bytes.begin() + static_cast<std::ptrdiff_t>(from), bytes.begin() + static_cast<std::ptrdiff_t>(end),
+              '\0');
+    const auto got = delivered_from(stored, stored.segment, bytes);
+    if (!got || sorted(*got) != untouched(stored, from, end))
+      fail(__LINE__, "zeros from " + std::to_string(from) + " leave " + show(got.value_or(Strings{"refused"})));
+  }
+  for (size_t to = stored.slots; to < stored.bytes.size(); to += 3) {  // the slots grow downwards
+    std::string bytes = stored.bytes;
+    std::fill(bytes.begin() + static_cast<std::ptrdiff_t>(stored.slots),
+              bytes.begin() + static_cast<std::ptrdiff_t>(to), '\0');
+    delivered_from(stored, stored.segment, bytes);
+  }
+}
+
+TEST(a_segment_that_was_cut_or_overwritten_is_refused_or_read_but_never_spoilt) {
+  const Stored stored = store_messages();
+  for (size_t size = 0; size < stored.bytes.size(); size += size < 1000 ? 97 : stored.bytes.size() / 7) {
+    delivered_from(stored, stored.segment, stored.bytes.substr(0, size));
+  }
+  delivered_from(stored, stored.segment, std::string(stored.bytes.size(), '\0'));
+  delivered_from(stored, stored.segment, stored.bytes + std::string(4096, 'x'));
+  const auto cut = delivered_from(stored, stored.segment, stored.bytes.substr(0, stored.bytes.size() - 4096));
+  CHECK(!cut);
+}
+
+TEST(files_of_a_later_version_are_refused_and_left_as_they_are) {
+  const Stored stored = store_messages();
+  for (const auto& name : files(stored.folder)) {
+    if (name == "nsqd.dat") continue;
+    std::string bytes = read_file(stored.folder + "/" + name);
+    bytes[12]++;  // the version; the checksum of the header is behind it
+    const uint32_t sum = nsqd::detail::checksum(0, bytes.data(), 48);
+    std::memcpy(bytes.data() + 48, &sum, sizeof sum);
+    CHECK(!delivered_from(stored, name, bytes));
+  }
+}
+
+TEST(a_damaged_state_file_never_costs_a_message_its_body) {
+  const Stored stored = store_messages();
+  const Strings states = files(stored.folder, ".state");
+  CHECK_EQ(states.size(), 1U);
+  const std::string whole = read_file(stored.folder + "/" + states[0]);
+  for (size_t at = 0; at < std::min<size_t>(whole.size(), 160); at++) {
+    std::string bytes = whole;
+    bytes[at] = static_cast<char>(bytes[at] ^ 0xff);
+    delivered_from(stored, states[0], bytes);
+  }
+  for (size_t size = 0; size < whole.size(); size += 1 + whole.size() / 9)
+    delivered_from(stored, states[0], whole.substr(0, size));
+}
+
+// =====================================================================================================================
+// Full disk
+// =====================================================================================================================
+
+// A file system of a few MiB, seen by this test only.
+std::string small_disk(int mib) {
+  const std::string path = folder("disk");
+#ifdef __linux__
+  const std::string size = "size=" + std::to_string(mib) + "m";
+  if (unshare(CLONE_NEWNS) == 0 && mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) == 0 &&
+      mount("none", path.c_str(), "tmpfs", 0, size.c_str()) == 0) {
+    return path;
+  }
+#endif
+  throw Skipped("may not mount a small file system of " + std::to_string(mib) + " MiB");
+}
+
+// Publishes messages of 10 kB, each on a connection that an error may end, until one fails. Adds what was acknowledged.
+std::string publish_until_it_fails(const Ports& daemon, Strings& acknowledged) {
+  Client client(daemon);
+  for (;;) {
+    const std::string body = std::to_string(acknowledged.size()) + std::string(10000, 'x');
+    client.command("PUB t", body);
+    const auto answer = client.frame();
+    if (!answer || answer->type != 0) return answer ? answer->data : "nothing";
+    acknowledged.push_back(body);
+    if (acknowledged.size() > 5000) return "it never failed";
+  }
+}
+
+TEST(a_full_disk_fails_publishes_and_nothing_else) {
+  Process d({}, small_disk(4));
+  create_channel(d, "t", "c");
+  write_file(d.data_path + "/ballast", std::string(1 << 20, 'b'));
+  Strings acknowledged;
+  CHECK_HAS(publish_until_it_fails(d, acknowledged), "E_PUB_FAILED PUB failed ");
+  CHECK(!acknowledged.empty());
+  CHECK_EQ(http(d, "POST", "/pub?topic=t", std::string(100000, 'x')).status, 503);
+  const Reply ping = http(d, "GET", "/ping");
+  CHECK_EQ(ping.status, 500);
+  CHECK_HAS(ping.body, "NOK - ");
+  CHECK_HAS(get(d, "/stats?format=json"), "\"health\":\"NOK - ");
+  Client consumer(d);
+  consumer.sub("t", "c", 1);
+  const Message first = consumer.message();  // consumers go on
+  CHECK_EQ(first.body, acknowledged[0]);
+  consumer.req(first, 0);
+  consumer.fin(consumer.message());
+  std::filesystem::remove(d.data_path + "/ballast");
+  Client(d).pub("t", "there is room again");
+  CHECK_EQ(get(d, "/ping"), "OK");
+  consumer.close();
+  d.restart();
+  CHECK(drain(d, "t", "c").size() >= acknowledged.size());
+}
+
+TEST(consuming_makes_room_on_a_full_disk) {
+  Process d({"--max-bytes-per-file=262144"}, small_disk(4));
+  create_channel(d, "t", "c");
+  for (int round = 0; round < 3; round++) {
+    Strings acknowledged;
+    CHECK_HAS(publish_until_it_fails(d, acknowledged), "E_PUB_FAILED");
+    CHECK(acknowledged.size() > 100);
+    if (round == 1) d.restart();
+    CHECK_EQ(set_of(bodies_of(drain(d, "t", "c"))), set_of(acknowledged));
+  }
+  Client(d).pub("t", "x");
+  CHECK_EQ(get(d, "/ping"), "OK");
+}
+
+TEST(a_disk_that_is_full_at_the_start_or_for_metadata_is_said_and_survived) {
+  Process d({}, small_disk(1));
+  Client(d).pub("t", "x");
+  {
+    std::ofstream ballast(d.data_path + "/ballast");
+    while (ballast << std::string(1000, 'b') << std::flush) continue;
+  }
+  post(d, "/topic/create?topic=u");  // kept in memory
+  CHECK_HAS(get(d, "/stats?format=json"), "\"topic_name\":\"u\"");
+  EVENTUALLY(d.log().find("ERROR") != std::string::npos);
+  std::filesystem::remove(d.data_path + "/ballast");
+  post(d, "/topic/create?topic=v");
+  d.restart();
+  for (const char* topic : {"t", "u", "v"}) CHECK(topic_count(d, topic, "depth") >= 0);
+  CHECK_EQ(drain(d, "t", "c").size(), 1U);
+}
+
+// Files may grow up to `bytes` from now on: what goes beyond fails, as on a disk that is full.
+void limit_files(rlim_t bytes) {
+  signal(SIGXFSZ, SIG_IGN);
+  rlimit limit{};
+  getrlimit(RLIMIT_FSIZE, &limit);
+  limit.rlim_cur = std::min(bytes, limit.rlim_max);
+  if (setrlimit(RLIMIT_FSIZE, &limit) != 0) throw Skipped("cannot limit the size of files");
+}
+
+TEST(wherever_a_write_fails_nothing_acknowledged_is_lost) {
+  for (rlim_t bytes = 0; bytes <= 16 << 20; bytes = bytes == 0 ? 512 : 2 * bytes) {
+    const std::string data = folder("data." + std::to_string(bytes));
+    Strings acknowledged;
+    bool failed = false;
+    {
+      nsqd::Options options = local_options(data);
+      options.max_bytes_per_file = 8 << 20;
+      options.log = [](std::string_view) {};
+      Local d(options);
+      limit_files(bytes);
+      try {
+        for (int i = 0; i < 1000; i++) {
+          const Strings batch = numbered(std::to_string(i) + std::string(10000, '.'), 0, 3);
+          d->publish("t", batch);
+          acknowledged.insert(acknowledged.end(), batch.begin(), batch.end());
+        }
+      } catch (const std::runtime_error&) {
+        failed = true;
+        CHECK_HAS(d->stats().health, "NOK - ");
+      }
+      limit_files(RLIM_INFINITY);
+      d->publish("t", "it works again");
+      CHECK_EQ(d->stats().health, "OK");
+    }
+    CHECK(failed || bytes > 4 << 20);
+    const std::set<std::string> got = set_of(bodies_of(drain(Local(data), "t", "c")));
+    for (const auto& body : acknowledged) CHECK(got.count(body) == 1);
+    CHECK(got.count("it works again") == 1);
+    std::filesystem::remove_all(data);
+  }
+}
+
+// =====================================================================================================================
+// Sync
+// =====================================================================================================================
+
+// How many kB of the maps of files in `path` are changed and not yet on the disk.
+int64_t dirty_kb(pid_t pid, const std::string& path) {
+  std::istringstream maps(read_file("/proc/" + std::to_string(pid) + "/smaps"));
+  int64_t sum = 0;
+  bool ours = false;
+  for (std::string line; std::getline(maps, line);) {
+    if (line.find('-') < line.find(':')) ours = line.find(path + "/") != std::string::npos;
+    if (ours && line.find("_Dirty:") != std::string::npos && line.find("Pss") == std::string::npos) {
+      sum += std::atoll(line.c_str() + line.find(':') + 1);
+    }
+  }
+  return sum;
+}
+
+void needs_dirty_pages(const Process& d) {
+  Client(d).pub("probe", "x");
+  const auto end = Clock::now() + 1s;
+  while (dirty_kb(d.pid(), d.data_path) == 0)
+    if (Clock::now() > end) throw Skipped("this file system does not tell what is dirty");
+}
+
+TEST(with_sync_every_1_an_ok_comes_after_the_sync) {
+  {
+    Process probe({"--sync-every=1000000", "--sync-timeout=1h"}, folder("probe"));
+    needs_dirty_pages(probe);
+  }
+  Process d({"--sync-every=1", "--sync-timeout=1h"});
+  Client client(d);
+  for (int i = 0; i < 20; i++) {
+    client.pub("t", std::string(3000, 'x'));
+    CHECK_EQ(dirty_kb(d.pid(), d.data_path), 0);
+    post(d, "/pub?topic=t", "http");
+    CHECK_EQ(dirty_kb(d.pid(), d.data_path), 0);
+  }
+}
+
+TEST(sync_timeout_brings_all_to_the_disk) {
+  Process d({"--sync-every=1000000", "--sync-timeout=300ms"});
+  Client client(d);
+  needs_dirty_pages(d);
+  client.mpub("t", Strings(100, std::string(3000, 'x')));
+  EVENTUALLY(dirty_kb(d.pid(), d.data_path) == 0);
+}
+
+TEST(sync_every_brings_all_to_the_disk) {
+  Process d({"--sync-every=100", "--sync-timeout=1h"});
+  Client client(d);
+  needs_dirty_pages(d);
+  EVENTUALLY((client.mpub("t", Strings(100, "x")), dirty_kb(d.pid(), d.data_path) == 0));
+}
+
+// After a power cut a page of a file holds what it held at the last sync, or at any moment since; one that is new may hold
+// zeros. `seed` chooses for each.
+void cut_power(const std::string& synced, const std::string& later, const std::string& result, unsigned seed) {
+  std::filesystem::create_directories(result);
+  for (const auto& name : files(later)) {
+    const std::string fresh = read_file(later + "/" + name);
+    std::string out = exists(synced + "/" + name) ? read_file(synced + "/" + name) : std::string();
+    out.resize(fresh.size(), '\0');
+    for (size_t at = 0; at < fresh.size(); at += 4096) {
+      seed = seed * 1664525 + 1013904223;
+      if (seed >> 31 != 0) out.replace(at, 4096, fresh, at, 4096);
+    }
+    if (name.find(".segment") == std::string::npos && name.find(".state") == std::string::npos) out = fresh;
+    write_file(result + "/" + name, out);
+  }
+}
+
+TEST(after_a_power_cut_all_that_was_synced_is_there) {
+  const std::string data = folder("data");
+  nsqd::Options options = local_options(data);
+  options.sync_every = 1;
+  std::string synced, later;
+  {
+    Local d(options);
+    d->create_channel("t", "c");
+    for (const auto& body : numbered("synced" + std::string(500, '.'), 0, 60)) d->publish("t", body);
+    synced = copy_of(data, "synced");
+    for (const auto& body : numbered("later" + std::string(500, '.'), 0, 60)) d->publish("t", body);
+    nsqd::Subscription consumer = d->subscribe("t", "c", 10);
+    for (int i = 0; i < 10; i++) CHECK(consumer.finish(consumer.next(patience()).value()));
+    later = copy_of(data, "later");
+  }
+  for (unsigned seed = 0; seed < 40; seed++) {
+    const std::string left = g_folder + "/left";
+    std::filesystem::remove_all(left);
+    cut_power(synced, later, left, seed);
+    nsqd::Options quiet = local_options(left);
+    quiet.log = [](std::string_view) {};
+    const Strings got = bodies_of(drain(Local(quiet), "t", "c"));
+    CHECK_EQ(set_of(got).size(), got.size());
+    int missing = 0;
+    for (const auto& body : numbered("synced" + std::string(500, '.'), 10, 60)) missing += set_of(got).count(body) == 0;
+    CHECK_EQ(missing, 0);
+    for (const auto& body : got) CHECK(body.size() > 500 && body.find(std::string(500, '.')) != std::string::npos);
+  }
+}
+
+// =====================================================================================================================
+// Import of the disk queues of nsqd
+// =====================================================================================================================
+
+std::string disk_record(const std::string& id, int64_t timestamp, int attempts, const std::string& body) {
+  return be32(26 + body.size()) + be(static_cast<uint64_t>(timestamp), 8) + be(static_cast<uint64_t>(attempts), 2) +
+         id + body;
+}
+std::string disk_records(const std::string& prefix, int from, int to) {
+  std::string out;
+  for (int i = from; i < to; i++) {
+    const std::string number = std::to_string(i);
+    out += disk_record(std::string(16 - number.size(), '0') + number, 1700000000000000000 + i, i % 3, prefix + number);
+  }
+  return out;
+}
+void write_metadata(const std::string& data, const std::string& queue, int depth, size_t read, int file, size_t write,
+                    int first = 0) {
+  std::ostringstream text;
+  text << depth << "\n" << first << "," << read << "\n" << file << "," << write << "\n";
+  write_file(data + "/" + queue + ".diskqueue.meta.dat", text.str());
+}
+void write_nsqd_dat(const std::string& data) {
+  write_file(data + "/nsqd.dat",
+             "{\"topics\":[{\"name\":\"t\",\"paused\":false,\"channels\":[{\"name\":\"c\",\"paused\":false}]}],"
+             "\"version\":\"1.3.0\"}");
+}
+void check_imported(const std::vector<Message>& messages, const std::string& prefix, int from, int to,
+                    int line = __builtin_LINE()) {
+  check_eq(sorted(bodies_of(messages)), sorted(numbered(prefix, from, to)), "the bodies", line);
+  for (const auto& message : messages) {
+    const int64_t i = std::atoll(message.id.c_str());
+    check_eq(message.timestamp, 1700000000000000000 + i, "the timestamp", line);
+    check_eq(message.attempts, i % 3 + 1, "the attempts", line);
+    check_eq(message.body, prefix + std::to_string(i), "the id", line);
+  }
+}
+
+TEST(the_queues_of_a_stopped_nsqd_are_taken_over_once) {
+  const std::string data = folder("data");
+  const std::string consumed = disk_records("m", 0, 3), records = consumed + disk_records("m", 3, 20);
+  write_nsqd_dat(data);
+  write_file(data + "/t:c.diskqueue.000000.dat", records);
+  write_metadata(data, "t:c", 17, consumed.size(), 0, records.size());
+  const std::string waiting = disk_records("w", 0, 5);
+  write_file(data + "/waits.diskqueue.000000.dat", waiting);  // a topic without channels
+  write_metadata(data, "waits", 5, 0, 0, waiting.size());
+  std::string dat = read_file(data + "/nsqd.dat");
+  write_file(data + "/nsqd.dat",
+             dat.replace(dat.find("],\"version\""), 1, ",{\"name\":\"waits\",\"paused\":false,\"channels\":null}]"));
+  Process d;
+  CHECK_EQ(channel_count(d, "t", "c", "depth"), 17);
+  CHECK_EQ(topic_count(d, "waits", "depth"), 5);
+  CHECK_EQ(files(data, "diskqueue"), Strings{});
+  d.restart();
+  check_imported(drain(d, "t", "c"), "m", 3, 20);
+  check_imported(drain(d, "waits", "x"), "w", 0, 5);
+}
+
+TEST(a_topics_queue_goes_to_its_channels_and_a_channels_queue_to_it_alone) {
+  const std::string data = folder("data");
+  write_nsqd_dat(data);
+  const std::string of_topic = disk_records("t", 10, 15), of_channel = disk_records("t", 0, 10);
+  write_file(data + "/t.diskqueue.000000.dat", of_topic);
+  write_metadata(data, "t", 5, 0, 0, of_topic.size());
+  write_file(data + "/t:c.diskqueue.000000.dat", of_channel);
+  write_metadata(data, "t:c", 10, 0, 0, of_channel.size());
+  Process d;
+  create_channel(d, "t", "late");
+  EVENTUALLY(channel_count(d, "t", "c", "depth") == 15);
+  check_imported(drain(d, "t", "c"), "t", 0, 15);
+  CHECK_EQ(channel_count(d, "t", "late", "depth"), 0);
+}
+
+TEST(a_queue_of_several_files_a_metadata_file_that_is_behind_and_a_torn_record_are_no_trouble) {
+  const std::string data = folder("data");
+  write_nsqd_dat(data);
+  const std::string behind = disk_records("m", 20, 23), torn = disk_record("00000000000000ff", 1, 0, "torn");
+  write_file(data + "/t:c.diskqueue.000003.dat", disk_records("m", 0, 10));
+  write_file(data + "/t:c.diskqueue.000004.dat", disk_records("m", 10, 20));
+  write_file(data + "/t:c.diskqueue.000005.dat", behind + disk_records("m", 23, 30) + torn.substr(0, torn.size() - 2));
+  write_metadata(data, "t:c", 23, 0, 5, behind.size(), 3);
+  Process d;
+  check_imported(drain(d, "t", "c"), "m", 0, 30);
+  d.restart();
+  CHECK_EQ(channel_count(d, "t", "c", "depth"), 0);
+}
+
+TEST(an_import_that_is_killed_loses_nothing_and_starts_again) {
+  const std::string data = folder("data");
+  write_nsqd_dat(data);
+  const std::string records = disk_records("m", 0, 40000);
+  write_file(data + "/t:c.diskqueue.000000.dat", records);
+  write_metadata(data, "t:c", 40000, 0, 0, records.size());
+  for (int round = 0; round < 5; round++) {
+    const pid_t pid = spawn(flags_for(data), g_folder + "/out", g_folder + "/err");
+    const auto end = Clock::now() + std::chrono::milliseconds(5 + 8 * round);
+    while (Clock::now() < end && files(data, "diskqueue").size() == 2) continue;
+    kill(pid, SIGKILL);
+    wait_for(pid);
+  }
+  Process d;
+  const auto messages = drain(d, "t", "c");
+  CHECK_EQ(set_of(bodies_of(messages)).size(), 40000U);
+  CHECK(messages.size() < 80000);
+}
+
+// =====================================================================================================================
+// Without files, and ephemerals
+// =====================================================================================================================
+
+TEST(mem_only_leaves_no_file_and_needs_no_lock) {
+  const std::string data = folder("data");
+  Process first({"--mem-only"}, data), second({"--mem-only"}, data);
+  for (Process* d : {&first, &second}) {
+    create_channel(*d, "t", "c");
+    Client(*d).mpub("t", Strings(1000, std::string(1000, 'x')));
+    CHECK_EQ(channel_count(*d, "t", "c", "depth"), 1000);
+    CHECK_EQ(files(data), Strings{});
+    CHECK_EQ(d->stop(), 0);
+  }
+}
+
+TEST(mem_queue_size_bounds_what_is_in_memory_only) {
+  for (const std::string suffix : {"", "#ephemeral"}) {
+    Process d({"--mem-queue-size=100", suffix.empty() ? "--mem-only" : "--log-level=info"});
+    create_channel(d, "t" + suffix, "c" + suffix);
+    Client client(d);
+    for (int i = 0; i < 50; i++) client.mpub("t" + suffix, numbered("m", 0, 10));
+    const int64_t depth = channel_count(d, "t" + suffix, "c" + suffix, "depth");
+    CHECK(depth >= 100 && depth <= 201);  // nsqd has such a queue for the topic and one for the channel
+    CHECK_EQ(topic_count(d, "t" + suffix, "message_count"), 500);
+  }
+}
+
+TEST(an_ephemeral_channel_goes_with_its_last_consumer) {
+  Process d;
+  Client first(d), second(d), publisher(d);
+  first.sub("t", "c#ephemeral", 1);
+  second.sub("t", "c#ephemeral", 1);
+  publisher.pub("t", "a");
+  first.close();
+  EVENTUALLY(channel_count(d, "t", "c#ephemeral", "client_count") == 1);
+  second.close();
+  EVENTUALLY(channel_count(d, "t", "c#ephemeral", "depth") == -1);
+  CHECK(topic_count(d, "t", "depth") >= 0);
+}
+
+TEST(an_ephemeral_topic_goes_with_its_last_channel_and_neither_has_files) {
+  Process d;
+  Client consumer(d), publisher(d);
+  publisher.mpub("t#ephemeral", numbered("m", 0, 100));
+  consumer.sub("t#ephemeral", "c#ephemeral", 100);
+  for (int i = 0; i < 100; i++) consumer.fin(consumer.message());
+  CHECK_EQ(files(d.data_path, "ephemeral"), Strings{});
+  consumer.close();
+  EVENTUALLY(get(d, "/stats?format=json").find("\"topic_name\":\"t#ephemeral") == std::string::npos);
+  publisher.pub("t#ephemeral", "x");
+  d.restart();
+  CHECK_EQ(get(d, "/stats?format=json").find("t#ephemeral"), std::string::npos);
+}
+
+TEST(an_ephemeral_channel_beside_an_ordinary_one_costs_it_nothing) {
+  Process d({"--mem-queue-size=10"});
+  create_channel(d, "t", "c");
+  Client slow(d);
+  slow.sub("t", "tail#ephemeral", 0);
+  Client(d).mpub("t", numbered("m", 0, 500));
+  EVENTUALLY(channel_count(d, "t", "c", "depth") == 500);
+  CHECK(channel_count(d, "t", "tail#ephemeral", "depth") <= 10);
+  d.restart();
+  CHECK_EQ(drain(d, "t", "c").size(), 500U);
+}
+
+// =====================================================================================================================
+// Back-pressure and hostile clients
+// =====================================================================================================================
+
+TEST(slow_and_silent_clients_delay_nobody) {
+  Process d;
+  std::vector<Client> slow;
+  for (int i = 0; i < 200; i++) slow.emplace_back(d);
+  std::vector<Http> web;
+  for (int i = 0; i < 50; i++) web.emplace_back(d);
+  const std::string trickle = "PUB t\n" + be32(20) + "abcdefghij";
+  Client client(d);
+  for (const char c : trickle) {
+    for (auto& one : slow) one.send(std::string(1, c));
+    for (auto& one : web) one.send("P");
+    const auto start = Clock::now();
+    client.pub("u", "x");
+    CHECK(ms_since(start) < patience().count() / 10);
+  }
+  CHECK_EQ(topic_count(d, "u", "message_count"), static_cast<int64_t>(trickle.size()));
+  for (auto& one : slow) one.send("klmnopqrst");
+  for (auto& one : slow) one.expect("OK");
+}
+
+TEST(a_client_that_announces_much_and_sends_little_costs_little) {
+  Process d;
+  if (proc_status(d.pid(), "RssAnon") < 0) throw Skipped("no /proc/<pid>/status here");
+  Client(d).pub("t", "x");
+  const int64_t before = proc_status(d.pid(), "RssAnon");
+  std::vector<Client> many;
+  for (int i = 0; i < 300; i++) {
+    many.emplace_back(d);
+    many.back().send((i % 2 == 0 ? "MPUB t\n" + be32(5242880) + be32(1000000) : "PUB t\n" + be32(1048576)) + "x");
+  }
+  for (auto& one : many) one.send("x");
+  Client(d).pub("t", "x");
+  CHECK(proc_status(d.pid(), "RssAnon") - before < 300 * 20 + 1024);
+}
+
+TEST(a_client_that_closes_its_half_gets_all_its_answers) {
+  Process d;
+  Client client(d);
+  std::string all;
+  for (int i = 0; i < 500; i++) all += "PUB t\n" + be32(1) + "x";
+  client.send(all);
+  client.half_close();
+  for (int i = 0; i < 500; i++) client.expect("OK");
+  CHECK(client.closed());
+  CHECK_EQ(topic_count(d, "t", "message_count"), 500);
+}
+
+TEST(a_reset_in_the_middle_of_a_frame_hurts_only_its_client) {
+  Process d;
+  Client other(d);
+  for (int i = 0; i < 50; i++) {
+    Client client(d), consumer(d);
+    client.send("PUB t\n" + be32(1000) + std::string(static_cast<size_t>(i) * 20, 'x'));
+    consumer.sub("u", "c", 2500);
+    other.mpub("u", Strings(20, std::string(50000, 'y')));
+    consumer.message();
+    consumer.reset();  // with much to read before it
+    client.reset();
+  }
+  other.pub("t", "x");
+  CHECK_EQ(topic_count(d, "t", "message_count"), 1);
+  EVENTUALLY(channel_count(d, "u", "c", "client_count") == 0);
+  CHECK_EQ(topic_count(d, "u", "message_count"), 1000);
+}
+
+TEST(a_consumer_that_stops_reading_with_2500_in_flight_holds_up_nobody) {
+  Process d({"--msg-timeout=1500ms"});
+  Client stuck(d), publisher(d);
+  create_channel(d, "t", "good");
+  stuck.sub("t", "c", 2500);
+  for (int i = 0; i < 30; i++) publisher.mpub("t", Strings(100, std::string(10000, 'x')));
+  EVENTUALLY(channel_count(d, "t", "c", "in_flight_count") > 0);
+  CHECK(channel_count(d, "t", "c", "in_flight_count") <= 2500);
+  if (const int64_t anon = proc_status(d.pid(), "RssAnon"); anon >= 0) CHECK(anon < 100000);
+  CHECK_EQ(drain(d, "t", "good").size(), 3000U);
+  stuck.close();
+  const auto messages = drain(d, "t", "c");
+  CHECK_EQ(messages.size(), 3000U);
+}
+
+TEST(a_publisher_that_does_not_read_its_answers_is_not_read_from) {
+  Process d;
+  Client client(d);
+  std::string commands;
+  for (int i = 0; i < 20000; i++) commands += "PUB t\n" + be32(1) + "x";
+  size_t sent = 0, once;
+  do sent += once = client.try_send(commands.substr(sent % 11), 500ms);
+  while (once == commands.size() - (sent - once) % 11 && sent < 400000000);
+  CHECK(sent < 400000000);
+  if (const int64_t anon = proc_status(d.pid(), "RssAnon"); anon >= 0) CHECK(anon < 100000);
+  client.half_close();
+  for (size_t i = 0; i < sent / 11; i++) client.expect("OK");
+  CHECK_EQ(topic_count(d, "t", "message_count"), static_cast<int64_t>(sent / 11));
+}
+
+TEST(when_descriptors_run_out_the_present_clients_go_on_and_new_ones_wait) {
+  Process d({}, folder("data"), {{RLIMIT_NOFILE, 48}});
+  Client present(d);
+  present.pub("t", "x");
+  std::vector<Socket> crowd;
+  for (int i = 0; i < 100; i++) crowd.emplace_back(connect_to(d.tcp));
+  const int64_t before = proc_status(d.pid(), "voluntary_ctxt_switches");
+  for (int i = 0; i < 50; i++) present.pub("t", "x");
+  present.nothing(1000ms);  // to see whether it spins meanwhile
+  CHECK(proc_status(d.pid(), "voluntary_ctxt_switches") - before < 300);
+  Client late(d);
+  late.command("PUB t", "late");
+  for (auto& one : crowd) one.close();
+  late.expect("OK");
+  EVENTUALLY(get(d, "/ping") == "OK");
+  CHECK_EQ(drain(d, "t", "c").size(), 52U);
+}
+
+TEST(junk_on_either_port_kills_nothing) {
+  Process d;
+  unsigned seed = 12345;
+  const auto random = [&] { return seed = seed * 1664525 + 1013904223, seed >> 16; };
+  const Strings words{"  V2",
+                      "SUB t c\n",
+                      "PUB t\n",
+                      "RDY 1\n",
+                      "MPUB t\n",
+                      "IDENTIFY\n",
+                      "FIN 0123456789abcdef\n",
+                      "GET / HTTP/1.1\r\n",
+                      "POST /pub?topic=%",
+                      "Host: x\r\n",
+                      "\r\n",
+                      "{\"a\":[[[[",
+                      be32(5),
+                      be32(0xffffffff),
+                      "CLS\n",
+                      "AUTH\n"};
+  for (int i = 0; i < 300; i++) {
+    Socket junk(connect_to(i % 2 == 0 ? d.tcp : d.http));
+    std::string bytes = i % 2 == 0 && i % 3 != 0 ? "  V2" : "";
+    for (size_t n = random() % 12; n > 0; n--)
+      bytes +=
+          random() % 3 == 0 ? std::string(random() % 50, static_cast<char>(random())) : words[random() % words.size()];
+    junk.try_send(bytes, patience());
+    if (random() % 2 == 0) junk.reset();
+  }
+  Client(d).pub("t", "x");
+  CHECK_EQ(get(d, "/ping"), "OK");
+  CHECK_EQ(d.stop(), 0);
+}
+
+// ---- Everything at once
+
+using Bodies = std::map<std::string, std::set<std::string>>;  // by topic, or by topic and channel
+
+std::pair<std::string, std::set<std::string>> load_publisher(const Ports& daemon, int which,
+                                                             const std::atomic<bool>& over) {
+  const std::string topic = "t" + std::to_string(which % 4);
+  std::set<std::string> acknowledged;
+  for (int n = 0; !over; n += 50) {
+    Client client(daemon);  // comes and goes
+    for (int batch = n; batch < n + 50; batch += 10) {
+      const Strings bodies = numbered(std::to_string(which) + ".", batch, batch + 10);
+      if (batch % 30 == 0) client.dpub(topic, 30, "d" + bodies[0]), acknowledged.insert("d" + bodies[0]);
+      client.mpub(topic, bodies);
+      acknowledged.insert(bodies.begin(), bodies.end());
+    }
+  }
+  return {topic, acknowledged};
+}
+
+// Finishes most messages, requeues some, lets some time out, and leaves with some in flight.
+std::pair<std::string, std::set<std::string>> load_consumer(const Ports& daemon, int which,
+                                                            const std::atomic<bool>& over) {
+  const std::string topic = "t" + std::to_string(which % 4), channel = "c" + std::to_string(which % 3);
+  std::set<std::string> finished;
+  for (unsigned n = static_cast<unsigned>(which); !over;) {
+    Client client(daemon);
+    client.sub(topic, channel, 20);
+    for (int i = 0; i < 300 && !over; i++) {
+      const auto message = client.try_message(100ms);
+      if (!message) break;
+      n = n * 1664525 + 1013904223;
+      const unsigned dice = n >> 16 & 63;
+      if (dice > 5) client.fin(*message), finished.insert(message->body);
+      else if (dice > 1) client.req(*message, dice % 2 == 0 ? 0 : 20);
+    }
+  }
+  return {topic + " " + channel, finished};
+}
+
+TEST(under_load_from_clients_that_come_and_go_every_channel_gets_every_message) {
+  nsqd::Options options = local_options(folder("data"));
+  options.msg_timeout = 200ms;
+  Local d(options);
+  for (int i = 0; i < 12; i++)
+    d->create_topic("t" + std::to_string(i % 4)),
+        d->create_channel("t" + std::to_string(i % 4), "c" + std::to_string(i % 3));
+  std::atomic<bool> over{false};
+  std::vector<std::future<std::pair<std::string, std::set<std::string>>>> publishers, consumers;
+  for (int i = 0; i < 8; i++) {
+    publishers.push_back(std::async(std::launch::async, load_publisher, Ports(d), i, std::cref(over)));
+    consumers.push_back(std::async(std::launch::async, load_consumer, Ports(d), i, std::cref(over)));
+  }
+  std::this_thread::sleep_for(
+      std::chrono::milliseconds(static_cast<int>(1000 * number_from_environment("LOAD_SECONDS", 2))));
+  over = true;
+  Bodies published, got;
+  for (auto& one : publishers) {
+    auto [topic, bodies] = one.get();
+    published[topic].merge(bodies);
+  }
+  for (auto& one : consumers) {
+    auto [channel, bodies] = one.get();
+    got[channel].merge(bodies);
+  }
+  for (const auto& [topic, bodies] : published) {
+    CHECK_EQ(topic_count(d, topic, "message_count"), bodies.size());
+    for (const std::string channel : {"c0", "c1", "c2"}) {
+      for (auto& message : drain(d, topic, channel)) got[topic + " " + channel].insert(std::move(message.body));
+      CHECK(got[topic + " " + channel] == bodies);
+      CHECK_EQ(channel_count(d, topic, channel, "message_count"), bodies.size());
+    }
+  }
+}
+
+TEST(clients_that_come_and_go_leave_nothing_behind) {
+  Process d;
+  if (proc_status(d.pid(), "RssAnon") < 0) throw Skipped("no /proc/<pid>/status here");
+  const auto come_and_go = [&](int times) {
+    for (int i = 0; i < times; i++) {
+      Client client(d);
+      client.sub("t", "c" + std::to_string(i % 10), 10);
+      client.pub("t", "x");
+      client.message();
+    }
+    EVENTUALLY(get(d, "/stats?format=json").find("\"remote_address\"") == std::string::npos);
+    return static_cast<int64_t>(files("/proc/" + std::to_string(d.pid()) + "/fd").size());
+  };
+  const int64_t descriptors = come_and_go(100), anon = proc_status(d.pid(), "RssAnon");
+  CHECK_EQ(come_and_go(1000), descriptors);
+  CHECK(proc_status(d.pid(), "RssAnon") - anon < 4000);
+}
+
+// =====================================================================================================================
+// Embedding. That the header can be included in more than one translation unit is shown by the Makefile, which links
+// this file with a second one that has no other line than the include.
+// =====================================================================================================================
+
+TEST(a_program_of_ten_lines_publishes_and_consumes) {
+  nsqd::Options options;
+  options.tcp_address = options.http_address = "127.0.0.1:0";
+  options.mem_only = true;
+  options.log = [](std::string_view) {};
+  nsqd::Daemon daemon(options);
+  daemon.start();
+  daemon.publish("clicks", "hello");
+  nsqd::Subscription subscription = daemon.subscribe("clicks", "archive");
+  const auto message = subscription.next(patience());
+  CHECK(message && message->body == "hello" && message->attempts == 1 && message->id.size() == 16);
+  CHECK(message->timestamp > now_ns() - 60'000'000'000 && message->timestamp <= now_ns());
+  CHECK(subscription.finish(*message));
+  CHECK(!subscription.finish(*message));
+  CHECK(!subscription.next(10ms));
+  CHECK(daemon.tcp_port() > 0 && daemon.http_port() > 0);
+  daemon.stop();
+}
+
+TEST(several_threads_publish_and_consume_in_process) {
+  Local d(folder("data"));
+  d->create_channel("t", "c");
+  std::vector<std::future<void>> publishers;
+  for (int p = 0; p < 4; p++) {
+    publishers.push_back(std::async(std::launch::async, [&d, p] {
+      for (const auto& body : numbered(std::to_string(p) + ".", 0, 500)) d->publish("t", body);
+      d->publish("t", numbered(std::to_string(p) + ".", 500, 1000));
+    }));
+  }
+  std::atomic<int> left{4000};
+  std::vector<std::future<Strings>> consumers;
+  for (int c = 0; c < 3; c++) {
+    consumers.push_back(std::async(std::launch::async, [&d, &left] {
+      nsqd::Subscription subscription = d->subscribe("t", "c", 20);
+      Strings got;
+      const auto end = Clock::now() + patience();
+      while (left > 0 && Clock::now() < end) {
+        if (const auto message = subscription.next(5ms); message && subscription.finish(*message))
+          left--, got.push_back(message->body);
+      }
+      return got;
+    }));
+  }
+  std::set<std::string> all;
+  for (auto& publisher : publishers) publisher.get();
+  for (auto& consumer : consumers)
+    for (auto& body : consumer.get()) CHECK(all.insert(body).second);
+  CHECK_EQ(all.size(), 4000U);
+  CHECK_EQ(d->stats().topics.at(0).message_count, 4000U);
+}
+
+TEST(two_daemons_live_in_one_process) {
+  Local first(folder("one")), second(folder("two")), third;
+  first->publish("t", "1");
+  second->publish("t", "2");
+  third->publish("t", "3");
+  CHECK_EQ(drain(first, "t", "c").at(0).body, "1");
+  CHECK_EQ(drain(second, "t", "c").at(0).body, "2");
+  first->stop();
+  CHECK_EQ(drain(third, "t", "c").at(0).body, "3");
+  CHECK(first.tcp != second.tcp && second.tcp != third.tcp);
+}
+
+TEST(what_a_publisher_does_wrong_is_an_exception_that_harms_nothing) {
+  Local d;
+  CHECK_THROWS(std::invalid_argument, d->publish("not valid", "x"));
+  CHECK_THROWS(std::invalid_argument, d->publish("t", ""));
+  CHECK_THROWS(std::invalid_argument, d->publish("t", std::string(1048577, 'x')));
+  CHECK_THROWS(std::invalid_argument, d->publish("t", Strings{"ok", ""}));
+  CHECK_THROWS(std::invalid_argument, d->publish_deferred("t", "x", -1s));
+  CHECK_THROWS(std::invalid_argument, d->publish_deferred("t", "x", 2h));
+  CHECK_THROWS(std::invalid_argument, d->create_topic("a/b"));
+  CHECK_THROWS(std::invalid_argument, d->create_channel("t", ""));
+  CHECK_THROWS(std::invalid_argument, d->subscribe("t", "a b"));
+  CHECK(!d->delete_topic("u") && !d->empty_channel("u", "c") && !d->pause_topic("u"));
+  d->publish("t", "good");
+  CHECK_EQ(d->stats().topics.at(0).message_count, 1U);
+  d->stop();
+  CHECK_THROWS(std::runtime_error, d->publish("t", "too late"));
+  d->stop();
+}
+
+TEST(a_subscription_requeues_touches_times_out_and_gives_back) {
+  nsqd::Options options = local_options();
+  options.msg_timeout = 1500ms;
+  Local d(options);
+  {
+    nsqd::Subscription subscription = d->subscribe("t", "c", 2);
+    d->publish("t", "a");
+    auto message = subscription.next(patience());
+    CHECK(message && subscription.requeue(*message, 300ms));
+    CHECK_EQ(d->stats().topics.at(0).channels.at(0).deferred_count, 1);
+    message = subscription.next(patience());
+    CHECK(message && message->attempts == 2 && subscription.touch(*message));
+    const auto again = subscription.next(patience());  // after its time-out
+    CHECK(again && again->attempts == 3);
+    d->publish("t", "b");
+    CHECK(subscription.next(patience()));
+    CHECK_EQ(d->stats().topics.at(0).channels.at(0).in_flight_count, 2);
+  }
+  const auto start = Clock::now();
+  nsqd::Subscription other = d->subscribe("t", "c", 2);
+  CHECK(other.next(patience()) && other.next(patience()));
+  CHECK(ms_since(start) < 1000);
+  d->publish_deferred("t", "c", 200ms);
+  nsqd::Subscription moved = std::move(other);
+  CHECK(!moved.next(10ms));
+}
+
+TEST(a_subscription_ends_when_the_daemon_stops_or_its_channel_is_deleted) {
+  for (const bool stop : {true, false}) {
+    Local d;
+    nsqd::Subscription subscription = d->subscribe("t", "c");
+    const auto start = Clock::now();
+    auto waiting = std::async(std::launch::async, [&] { return subscription.next(10 * patience()).has_value(); });
+    if (stop) d->stop();
+    else CHECK(d->delete_channel("t", "c"));
+    CHECK(!waiting.get());
+    CHECK(ms_since(start) < patience().count());
+    CHECK(!subscription.next(1ms));
+  }
+}
+
+TEST(process_and_network_are_the_same_queue) {
+  Local d(folder("data"));
+  Client client(d);
+  client.sub("t", "c", 1);
+  d->publish("t", "from inside");
+  const Message message = client.message();
+  CHECK_EQ(message.body, "from inside");
+  nsqd::Subscription subscription = d->subscribe("t", "c");
+  client.command("RDY 0");
+  client.req(message, 0);
+  const auto again = subscription.next(patience());
+  CHECK(again && again->id == message.id && again->attempts == 2);
+  CHECK(d->pause_channel("t", "c"));
+  CHECK_EQ(number_at(get(d, "/stats?format=json"), "client_count", 0), 2);
+  const nsqd::Stats stats = d->stats();
+  CHECK_EQ(stats.health, "OK");
+  CHECK_EQ(stats.topics.at(0).name, "t");
+  CHECK(stats.topics[0].channels.at(0).paused);
+  CHECK_EQ(stats.topics[0].channels[0].in_flight_count, 1);
+  CHECK_EQ(stats.topics[0].channels[0].clients.size(), 2U);
+  CHECK(d->delete_topic("t"));
+  CHECK(client.closed());
+}
+
+TEST(a_daemon_that_was_embedded_leaves_no_trace_in_the_process) {
+  if (!exists("/proc/self/fd")) throw Skipped("no /proc/self/fd here");
+  struct sigaction before {
+  }, after{};
+  const auto threads = [] { return files("/proc/self/task").size(); };
+  { const Local warm_up; }
+  const size_t descriptors = files("/proc/self/fd").size(), count = threads();
+  for (int i = 0; i < 5; i++) {
+    sigaction(SIGPIPE, nullptr, &before);
+    Local d(folder("data"));
+    Client client(d);
+    client.sub("t", "c", 1);
+    d->publish("t", "x");
+    client.message();
+    sigaction(SIGPIPE, nullptr, &after);
+    CHECK(before.sa_handler == after.sa_handler);
+    sigaction(SIGTERM, nullptr, &after);
+    CHECK(after.sa_handler == SIG_DFL);
+  }
+  CHECK_EQ(files("/proc/self/fd").size(), descriptors);
+  EVENTUALLY(threads() == count);
+}
+
+TEST(the_log_can_be_taken_line_by_line) {
+  Log log;
+  {
+    nsqd::Options options = local_options();
+    options.log_level = nsqd::Level::kInfo;
+    options.log_prefix = "[mine] ";
+    options.log = [&log](std::string_view line) {
+      const std::lock_guard<std::mutex> lock(log.mutex);
+      log.text += std::string(line) + "|";
+    };
+    Local d(options);
+    d->create_topic("t");
+  }
+  const std::string all = log.all();
+  CHECK_EQ(all.find('\n'), std::string::npos);
+  CHECK_HAS(all, "|[mine] ");
+  CHECK_HAS(all, " INFO: TOPIC(t): created|");
+  CHECK_HAS(all, " INFO: NSQ: bye|");
+}
+
+TEST(a_daemon_that_cannot_start_throws_and_says_why) {
+  Local d;
+  nsqd::Options options = local_options();
+  options.tcp_address = "127.0.0.1:" + std::to_string(d.tcp);
+  try {
+    nsqd::Daemon second(options);
+    fail(__LINE__, "two daemons listen on one port");
+  } catch (const Failed&) {
+    throw;
+  } catch (const std::runtime_error& error) {
+    CHECK_HAS(error.what(), options.tcp_address);
+  }
+  CHECK_THROWS(std::runtime_error, nsqd::Daemon(local_options("/no/such/folder")));
+}
+
+TEST(counting_is_64_bit_and_attempts_go_beyond_255) {
+  Local d(folder("data"));
+  nsqd::Subscription subscription = d->subscribe("t", "c");
+  d->publish("t", "x");
+  for (int attempt = 1; attempt <= 300; attempt++) {
+    const auto message = subscription.next(patience());
+    CHECK(message.has_value());
+    CHECK_EQ(message->attempts, attempt);
+    CHECK(subscription.requeue(*message));
+  }
+  CHECK_EQ(d->stats().topics.at(0).channels.at(0).requeue_count, 300U);
+}
+
+// =====================================================================================================================
+// Cluster: nsqlookupd, an auth server and statsd, played by the test
+// =====================================================================================================================
+
+// The other end of a peer connection of the daemon, as nsqlookupd has it.
+struct LookupConversation {
+  Socket socket;
+  void answer(const std::string& text) const { socket.send(be32(text.size()) + text); }
+  // The IDENTIFY that begins each connection; its JSON.
+  std::string identify(int http_port = 1, int line = __builtin_LINE()) {
+    check_eq(socket.take(4, line), std::string("  V1"), "the magic", line);
+    check_eq(socket.take_line(line), std::string("IDENTIFY\n"), "the first command", line);
+    const std::string json = socket.take(from_be(socket.take(4, line)), line);
+    answer("{\"broadcast_address\":\"127.0.0.1\",\"hostname\":\"h\",\"http_port\":" + std::to_string(http_port) +
+           ",\"tcp_port\":1,\"version\":\"1.3.0\"}");
+    return json;
+  }
+  // Answers commands until all of these have come, in whatever order.
+  void told(std::set<std::string> wanted, int line = __builtin_LINE()) {
+    while (!wanted.empty()) {
+      wanted.erase(socket.take_line(line));
+      answer("OK");
+    }
+  }
+};
+
+TEST(an_nsqlookupd_is_told_of_all_topics_and_channels_and_again_after_it_was_away) {
+  const Listener lookupd;
+  Process d({"--lookupd-tcp-address=" + lookupd.address(), "--http-client-request-timeout=200ms"});
+  LookupConversation peer{lookupd.accept()};
+  const std::string json = peer.identify();
+  CHECK_EQ(number_at(json, "tcp_port", 0), d.tcp);
+  CHECK_EQ(number_at(json, "http_port", 0), d.http);
+  CHECK_HAS(json, "\"broadcast_address\":\"127.0.0.1\"");
+  post(d, "/topic/create?topic=t");
+  peer.told({"REGISTER t\n"});
+  post(d, "/channel/create?topic=t&channel=c");
+  peer.told({"REGISTER t c\n"});
+  post(d, "/topic/create?topic=u");
+  peer.told({"REGISTER u\n"});
+  peer.socket.close();
+  post(d, "/topic/create?topic=v");
+  LookupConversation again{lookupd.accept()};
+  again.identify();
+  again.told({"REGISTER t c\n", "REGISTER u\n", "REGISTER v\n"});
+  post(d, "/channel/delete?topic=t&channel=c");
+  again.told({"UNREGISTER t c\n"});
+}
+
+TEST(an_nsqlookupd_that_is_silent_or_mad_delays_nobody) {
+  const Listener silent, mad;
+  Process d({"--lookupd-tcp-address=" + silent.address(), "--lookupd-tcp-address=" + mad.address(),
+             "--lookupd-tcp-address=127.0.0.1:1"});
+  const Socket hush = silent.accept();
+  const Socket mad_one = mad.accept();
+  mad_one.try_send(std::string(100000, '\xff'), 100ms);
+  Client client(d);
+  client.pub("t", "makes the topic");
+  const auto start = Clock::now();
+  for (int i = 0; i < 200; i++) client.pub("t", "x");
+  CHECK(ms_since(start) < patience().count() / 10);
+  EVENTUALLY(topic_count(d, "t", "message_count") == 201);
+  CHECK_EQ(d.stop(), 0);
+}
+
+TEST(a_new_topic_gets_the_channels_that_nsqlookupd_knows_before_its_first_message) {
+  const Listener lookupd, web;
+  Process d({"--lookupd-tcp-address=" + lookupd.address()});
+  LookupConversation peer{lookupd.accept()};
+  peer.identify(web.port);
+  Client client(d);
+  std::string topic;
+  for (int i = 0; topic.empty() || !web.knocked(100ms);
+       i++) {  // the first few may come before the answer to IDENTIFY does
+    if (i > 0) client.expect("OK");
+    topic = "t" + std::to_string(i);
+    client.command("PUB " + topic, "first");
+  }
+  Socket query = web.accept();
+  CHECK_EQ(query.take_line(), "GET /channels?topic=" + topic + " HTTP/1.1\r\n");
+  while (query.take_line() != "\r\n") continue;
+  const std::string json = "{\"channels\":[\"archive\",\"metrics\",\"tail#ephemeral\"]}";
+  query.send("HTTP/1.1 200 OK\r\nContent-Length: " + std::to_string(json.size()) + "\r\n\r\n" + json);
+  query.close();
+  client.expect("OK");
+  for (const char* channel : {"archive", "metrics"}) EVENTUALLY(channel_count(d, topic, channel, "depth") == 1);
+  CHECK_EQ(channel_count(d, topic, "tail#ephemeral", "depth"), -1);
+}
+
+TEST(nsqlookupds_can_be_changed_while_it_runs) {
+  const Listener first, second;
+  Process d({"--lookupd-tcp-address=" + first.address()});
+  LookupConversation peer{first.accept()};
+  peer.identify();
+  const std::string both = "[\"" + second.address() + "\"]";
+  CHECK_EQ(http(d, "PUT", "/config/nsqlookupd_tcp_addresses", both).body, both);
+  LookupConversation other{second.accept()};
+  other.identify();
+  peer.socket.take_rest();
+  CHECK_EQ(get(d, "/config/nsqlookupd_tcp_addresses"), both);
+}
+
+// Answers one question to an auth server; returns its request line.
+std::string grant(const Listener& server, const std::string& json, int line = __builtin_LINE()) {
+  Socket question = server.accept(line);
+  const std::string first = question.take_line(line);
+  while (question.take_line(line) != "\r\n") continue;
+  question.send("HTTP/1.1 200 OK\r\nContent-Length: " + std::to_string(json.size()) + "\r\nConnection: close\r\n\r\n" +
+                json);
+  return first;
+}
+
+std::string auth_json(int ttl, const std::string& topic, const std::string& permissions) {
+  return "{\"ttl\":" + std::to_string(ttl) +
+         ",\"identity\":\"me\",\"identity_url\":\"http://me\",\"authorizations\":[{\"topic\":\"" + topic +
+         "\",\"channels\":[\".*\"],\"permissions\":[" + permissions + "]}]}";
+}
+
+TEST(with_an_auth_server_one_may_do_what_it_grants) {
+  const Listener server;
+  Process d({"--auth-http-address=" + server.address()});
+  Client unknown(d), client(d);
+  unknown.command("PUB t", "x");
+  unknown.expect_error("E_AUTH_FIRST AUTH required before PUB");
+  client.command("AUTH", "my secret&");
+  CHECK_EQ(grant(server, auth_json(3600, "^t$", "\"publish\"")),
+           "GET /auth?common_name=&remote_ip=127.0.0.1&secret=my+secret%26&tls=false HTTP/1.1\r\n");
+  client.expect("{\"identity\":\"me\",\"identity_url\":\"http://me\",\"permission_count\":1}");
+  client.pub("t", "x");
+  client.command("SUB t c");
+  client.expect_error("E_UNAUTHORIZED AUTH failed for SUB on \"t\" \"c\"");
+}
+
+TEST(a_slow_auth_server_holds_up_only_the_one_who_asks_and_keeps_his_order) {
+  const Listener server;
+  Process d({"--auth-http-address=" + server.address()});
+  Client waiting(d), ready(d);
+  ready.command("AUTH", "quick");
+  grant(server, auth_json(3600, ".*", "\"publish\",\"subscribe\""));
+  ready.frame();
+  waiting.send("AUTH\n" + be32(4) + "slowPUB t\n" + be32(1) + "aPUB t\n" + be32(1) + "bNO\n");
+  Socket question = server.accept();
+  for (int i = 0; i < 100; i++) ready.pub("u", "x");
+  CHECK(topic_count(d, "t", "message_count") <= 0);
+  const std::string json = auth_json(3600, ".*", "\"publish\"");
+  question.send("HTTP/1.1 200 OK\r\nContent-Length: " + std::to_string(json.size()) + "\r\n\r\n" + json);
+  CHECK_HAS(waiting.frame()->data, "permission_count");
+  waiting.expect("OK");
+  waiting.expect("OK");
+  waiting.expect_error("E_INVALID");
+  Client refused(d);
+  refused.command("AUTH", "nobody");
+  grant(server, "{\"ttl\":1,\"authorizations\":[]}");
+  refused.expect_error("E_UNAUTHORIZED AUTH no authorizations found");
+}
+
+TEST(a_grant_is_asked_for_again_when_its_time_is_over) {
+  const Listener server;
+  Process d({"--auth-http-address=" + server.address()});
+  Client client(d);
+  client.command("AUTH", "s");
+  grant(server, auth_json(1, ".*", "\"publish\""));
+  client.frame();
+  while (!server.knocked(10ms)) {
+    client.command("PUB t", "x");
+    if (!server.knocked(0ms) && client.frame(50ms)) continue;
+  }
+  CHECK_HAS(grant(server, auth_json(100, "^other$", "\"publish\"")), "secret=s");
+  auto last = client.frame();
+  while (last && last->type == 0) last = client.frame();
+  CHECK(last && last->data == "E_UNAUTHORIZED AUTH failed for PUB on \"t\" \"\"");
+}
+
+TEST(statsd_gets_counters_as_differences_and_gauges) {
+  const Listener statsd(SOCK_DGRAM);
+  Process d({"--statsd-address=" + statsd.address(), "--statsd-interval=1100ms", "--statsd-prefix=q.%s",
+             "--broadcast-http-port=4151", "--statsd-mem-stats=false", "--statsd-exclude-ephemeral"});
+  create_channel(d, "t", "c");
+  Client client(d);
+  client.mpub("t", Strings(10, "abc"));
+  client.pub("e#ephemeral", "x");
+  std::string all;
+  const auto has = [&](const std::string& line) {
+    return all.find("q.127_0_0_1_4151." + line + "\n") != std::string::npos;
+  };
+  while (!has("topic.t.message_count:10|c") || !has("topic.t.message_bytes:30|c") ||
+         !has("topic.t.channel.c.depth:10|g") || !has("topic.t.channel.c.clients:0|g")) {
+    const std::string packet = statsd.packet();
+    CHECK(packet.size() <= 508);
+    all += packet;
+  }
+  client.pub("t", "abcd");
+  while (!has("topic.t.message_count:1|c") || !has("topic.t.message_bytes:4|c") || !has("topic.t.channel.c.depth:11|g"))
+    all += statsd.packet();
+  CHECK_EQ(all.find("ephemeral"), std::string::npos);
+  CHECK_EQ(all.find("mem."), std::string::npos);
+}
+
+TEST(latency_percentiles_follow_what_consumers_take) {
+  Process d({"--e2e-processing-latency-percentile=0.5,1.0", "--e2e-processing-latency-window-time=1h"});
+  Client client(d);
+  client.mpub("t", Strings(100, "x"));
+  client.sub("t", "c", 100);
+  std::vector<Message> held;
+  for (int i = 0; i < 100; i++) held.push_back(client.message());
+  for (int i = 0; i < 95; i++) client.fin(held[static_cast<size_t>(i)]);
+  EVENTUALLY(channel_count(d, "t", "c", "in_flight_count") == 5);
+  const int64_t quick = now_ns() - held[0].timestamp;
+  client.nothing(400ms);  // the others take longer
+  for (size_t i = 95; i < 100; i++) client.fin(held[i]);
+  EVENTUALLY(channel_count(d, "t", "c", "in_flight_count") == 0);
+  const std::string json = get(d, "/stats?format=json&topic=t");
+  const size_t latency = json.find("\"e2e_processing_latency\"");
+  CHECK_EQ(number_at(json, "count", latency), 100);
+  const int64_t most = number_at(json, "value", json.find("\"quantile\":1", latency));
+  const int64_t median = number_at(json, "value", json.find("\"quantile\":0.5", latency));
+  CHECK(median > 0 && median < quick * 11 / 10);
+  CHECK(most > 390'000'000);
+}
+
+TEST(with_topology_a_near_consumer_that_is_idle_comes_first) {
+  Process d({"--topology-region=r", "--topology-zone=z", "--enable-experiment=topology-aware-consumption"});
+  Client far(d), region(d), zone(d), publisher(d);
+  far.identify("{\"topology_region\":\"q\",\"topology_zone\":\"y\"}");
+  region.identify("{\"topology_region\":\"r\",\"topology_zone\":\"y\"}");
+  zone.identify("{\"topology_region\":\"r\",\"topology_zone\":\"z\"}");
+  for (Client* client : {&far, &region, &zone}) client->sub("t", "c", 1);
+  EVENTUALLY(get(d, "/stats?format=json").find("\"ready_count\":0") == std::string::npos);
+  for (int i = 0; i < 10; i++) {
+    publisher.pub("t", "x");
+    const Message message = zone.message();
+    zone.fin(message);
+    zone.pub("barrier", "x");  // finished by now, so idle again
+  }
+  CHECK_EQ(channel_count(d, "t", "c", "zone_local_msg_count"), 10);
+  CHECK_EQ(channel_count(d, "t", "c", "in_flight_count"), 0);
+}
+
+}  // namespace
+
+// =====================================================================================================================
+// main
+// =====================================================================================================================
+
+int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  const char* program = std::getenv("NSQD_BIN");
+  const std::filesystem::path beside = std::filesystem::absolute(argv[0]).parent_path() / "nsqd";
+  g_program = program != nullptr ? std::filesystem::absolute(program).string() : beside.string();
+  std::vector<const Test*> chosen;
+  for (const Test& test : tests()) {
+    bool wanted = argc == 1;
+    for (int i = 1; i < argc; i++) wanted = wanted || std::strstr(test.name, argv[i]) != nullptr;
+    if (wanted) chosen.push_back(&test);
+  }
+  return run_all(chosen);
+}
