@@ -491,9 +491,10 @@ struct MessageId {
     std::memcpy(id.text.data(), characters, 16);
     return id;
   }
-  uint64_t hash() const {
-    const uint64_t mixed = (load<uint64_t>(text.data()) ^ (load<uint64_t>(text.data() + 8) * 0x9E3779B97F4A7C15u));
-    return (mixed * 0xD6E8FEB86659FD93u) >> 16;
+  uint64_t hash() const {  // ids differ in their last characters, which are the highest bits here: fold them down first
+    uint64_t mixed = load<uint64_t>(text.data()) ^ (load<uint64_t>(text.data() + 8) * 0x9E3779B97F4A7C15u);
+    mixed = (mixed ^ (mixed >> 32)) * 0xD6E8FEB86659FD93u;
+    return mixed >> 32;
   }
 };
 
@@ -1095,7 +1096,6 @@ inline constexpr uint32_t kFormatVersion = 1;
 struct Storage {
   std::string directory;  // empty: nothing is kept
   size_t largest_segment = kLargestSegment;
-  const Logger* logger = nullptr;
   std::string full;       // why the last segment could not be made; empty when it could
   std::string unsynced;   // why the last sync failed; empty when it did not
   uint64_t epoch = 1;     // rises with each sync: a file is dirty when it was touched in this epoch
@@ -1410,6 +1410,16 @@ class States {
     }
   }
 
+  /// After a restart: damaged messages are finished, what lies above the count is none, and the finished ones are counted.
+  void clean_up() {
+    for (uint32_t i : segment->damaged) set(i, kFinished);
+    finished = 0;
+    for (uint32_t i = 0; i < segment->count; ++i)
+      if (get(i) == kFinished) ++finished;
+    for (uint32_t i = segment->count; i < segment->capacity(); ++i)
+      if (get(i) != 0) set(i, 0);
+  }
+
  private:
   char* at(uint32_t i) const { return file.data() + kFileHeader + size_t{i} * 2; }
 };
@@ -1672,16 +1682,6 @@ class Output {
   size_t mapped_ = 0;
 };
 
-/// What a session writes to. `attend` tells the loop that there is something to do here before the turn ends.
-struct Port {
-  Output out;
-  bool closing = false;                // close when everything is written
-  bool dropped = false;                // close at once
-  struct Consumer* consumer = nullptr; // the subscription, null again when its channel has gone
-  class Session* session = nullptr;    // whose it is
-  std::function<void()> attend = [] {};
-};
-
 /// Quantiles of the last while, within 1 % of the exact value (of the sample at that rank): counts in buckets that grow by
 /// a factor of 1.01 / 0.99. Two halves of the window, so that what is older than it goes.
 class LatencySketch {
@@ -1735,9 +1735,20 @@ class LatencySketch {
   std::array<std::map<int, uint64_t>, 2> halves_;
 };
 
-class Broker;
+struct Consumer;
+class Session;
 class Topic;
 class Channel;
+
+/// What a session writes to. `attend` tells the loop that there is something to do here before the turn ends.
+struct Port {
+  Output out;
+  bool closing = false;           // close when everything is written
+  bool dropped = false;           // close at once
+  Consumer* consumer = nullptr;   // the subscription, null again when its channel has gone
+  Session* session = nullptr;     // whose it is
+  std::function<void()> attend = [] {};
+};
 
 /// What is known of a client, for the statistics.
 struct ClientInfo {
@@ -1748,8 +1759,10 @@ struct ClientInfo {
 /// One subscription of a channel. It outlives its connection for as long as it has messages in flight.
 /// Always: in_flight is the number of Held that it owns; it is in its channel's ready list whenever it can take a message.
 struct Consumer {
-  Consumer(Channel& of, Port& to, const ClientInfo& who, Duration timeout, int sampling);
+  Consumer(Channel& of, Timers& timers, Port& to, const ClientInfo& who, Duration timeout, int sampling, std::function<void(Consumer&)> expire)
+      : channel(of), port(&to), info(&who), msg_timeout(timeout.count()), sample_rate(sampling), timer(timers, [this, expire] { expire(*this); }) {}
   static constexpr size_t kMostOutput = size_t{1} << 20;  // bytes not yet written, above which it gets no more
+  static constexpr uint32_t kNone = 0xFFFFFFFF;
 
   Channel& channel;
   Port* port;              // null when the client is gone
@@ -1758,9 +1771,9 @@ struct Consumer {
   int sample_rate;         // percent; 0: everything
   int64_t rdy = 0, in_flight = 0;
   uint64_t delivered = 0, finished = 0, requeued = 0;
-  uint32_t oldest, newest;  // its messages in flight, in the order of their deadlines
-  bool listed = false;      // in the channel's ready list
-  Timer timer;              // for the deadline of the oldest
+  uint32_t oldest = kNone, newest = kNone;  // its messages in flight, in the order of their deadlines
+  bool listed = false;                      // in the channel's ready list
+  Timer timer;                              // for the deadline of the oldest
 
   bool can_take() const { return port != nullptr && in_flight < rdy && port->out.size() < kMostOutput && !port->closing; }
 };
@@ -1769,7 +1782,7 @@ struct Consumer {
 struct Held {
   MessageId id;
   States* states;
-  uint32_t index;  // in the segment of states
+  uint32_t index;           // in the segment of states
   uint32_t earlier, later;  // neighbours in the owner's list, or the next free one
   Consumer* owner;
   int64_t delivered_at, deadline;
@@ -1779,30 +1792,29 @@ struct Held {
 /// Always: the table is at most half full; `later` of a free entry leads to the next free one.
 class InFlight {
  public:
-  static constexpr uint32_t kNone = 0xFFFFFFFF;
+  static constexpr uint32_t kNone = Consumer::kNone;
   size_t size() const { return used_; }
   Held& operator[](uint32_t which) { return pool_[which]; }
 
   uint32_t find(const MessageId& id) const {
     if (table_.empty()) return kNone;
-    for (size_t at = id.hash() & mask();; at = (at + 1) & mask()) {
+    for (size_t at = id.hash() & mask();; at = (at + 1) & mask())
       if (table_[at] == kNone || pool_[table_[at]].id == id) return table_[at];
-    }
   }
+
   uint32_t insert(const MessageId& id) {
     if ((used_ + 1) * 2 > table_.size()) grow();
-    uint32_t which = free_;
-    if (which == kNone) {
-      which = static_cast<uint32_t>(pool_.size());
-      pool_.emplace_back();
-    } else {
-      free_ = pool_[which].later;
+    if (free_ == kNone) {
+      free_ = static_cast<uint32_t>(pool_.size());
+      pool_.emplace_back().later = kNone;
     }
+    const uint32_t which = std::exchange(free_, pool_[free_].later);
     pool_[which].id = id;
     ++used_;
     place(which);
     return which;
   }
+
   void erase(uint32_t which) {
     size_t gap = pool_[which].id.hash() & mask();
     while (table_[gap] != which) gap = (gap + 1) & mask();
@@ -1813,9 +1825,8 @@ class InFlight {
       gap = at;
     }
     table_[gap] = kNone;
-    pool_[which].later = free_;
-    free_ = which;
-    if (--used_ == 0 && pool_.size() > 1024) *this = InFlight();
+    pool_[which].later = std::exchange(free_, which);
+    if (--used_ == 0 && pool_.size() > 1024) *this = InFlight();  // an idle channel holds no memory
   }
 
  private:
@@ -1826,125 +1837,53 @@ class InFlight {
     table_[at] = which;
   }
   void grow() {
-    const std::vector<uint32_t> old = std::exchange(table_, std::vector<uint32_t>(std::max<size_t>(16, table_.size() * 2), kNone));
+    const auto old = std::exchange(table_, std::vector<uint32_t>(std::max<size_t>(16, table_.size() * 2), kNone));
     for (uint32_t which : old)
       if (which != kNone) place(which);
   }
+
   std::vector<Held> pool_;
   std::vector<uint32_t> table_;
   uint32_t free_ = kNone;
   size_t used_ = 0;
 };
 
-/// A message of a channel by place: what the requeued and the deferred ones need.
-struct Place {
-  States* states;
-  uint32_t index;
-  uint64_t number() const { return states->segment->first + index; }
-};
-
-/// See the head of this section for what always holds. `aside` counts the messages at or above the cursor, below
-/// `distributed`, that are not waiting there: finished or held ones, and numbers whose segment is gone.
-class Channel {
+/// All topics, and what they share.
+class Broker {
  public:
-  Channel(Topic& of, std::string channel_name);
+  Broker(const Options& opts, Logger& log, const std::string& directory) : options(opts), logger(log), ids(opts.node_id) {
+    storage.directory = directory;
+    storage.largest_segment = static_cast<size_t>(std::clamp<int64_t>(opts.max_bytes_per_file, 4096, kLargestSegment)) / 4096 * 4096;
+  }
 
-  Topic& topic;
-  const std::string name;
-  const bool ephemeral;
-  const bool bounded;  // in memory only, so it forgets what is above --mem-queue-size
-  bool paused = false;
-  bool listed = false;  // among its topic's hungry ones
-  std::vector<std::unique_ptr<Consumer>> consumers;  // with a client
-  uint64_t requeue_count = 0, timeout_count = 0;
-  uint64_t zone_local_count = 0, region_local_count = 0, global_count = 0;
-  std::unique_ptr<LatencySketch> latency;
+  const Options& options;
+  Logger& logger;
+  Now now;  // the time of this turn, set by the loop
+  Timers timers;
+  Storage storage;
+  IdSource ids;
+  std::map<std::string, std::unique_ptr<Topic>, std::less<>> topics;
+  uint64_t deletions = 0;         // of topics: what a session remembers of one holds until this rises
+  bool serving = true;            // false: nothing is delivered any more
+  bool metadata_changed = false;  // nsqd.dat is behind
+  bool metadata_awaited = false;  // and somebody waits for it
+  /// Told of each topic (channel null) and channel that comes or goes.
+  std::function<void(const Topic& topic, const Channel* channel, bool created)> on_change;
 
-  // For the statistics.
-  int64_t depth() const;
-  int64_t backend_depth() const;
-  int64_t in_flight_count() const { return static_cast<int64_t>(in_flight_.size()); }
-  int64_t deferred_count() const { return static_cast<int64_t>(deferred_.size()); }
-  uint64_t message_count() const;
-
-  // For a consumer's session. finish, requeue and touch return why they failed, or nothing.
-  Consumer* subscribe(Port& port, const ClientInfo& info, Duration msg_timeout, int sample_rate);
-  void unsubscribe(Consumer& consumer);
-  void give_back(Consumer& consumer);  // the same, and what it has in flight is requeued at once
-  void set_ready(Consumer& consumer, int64_t rdy);
-  std::string_view finish(Consumer& consumer, const MessageId& id);
-  std::string_view requeue(Consumer& consumer, const MessageId& id, int64_t delay);
-  std::string_view touch(Consumer& consumer, const MessageId& id, int64_t msg_timeout);
-  /// Something has changed for this consumer: it may be able to take messages now.
-  void consider(Consumer& consumer);
-
-  void pause(bool pause);
-  void empty();
-  /// Closes its clients and removes what it stored.
-  void close(bool remove_files);
-
-  // For its topic.
-  void pump();
-  bool hungry() const { return !ready_.empty(); }
-  void trim();
-  void defer(uint64_t number, int64_t due_wall);
-  Status add_states(Segment& segment, uint32_t finished_below);
-  void remove_states(const Segment& segment);
-  void adopt_states(std::unique_ptr<States> states) { states_[states->segment->first] = std::move(states); }
-  bool has_states(const Segment& segment) const { return states_.count(segment.first) > 0; }
-  void resume(size_t due_book_size);
-  void segment_sealed(Segment& segment);
-  void skip_undistributed(uint64_t from);
-  void cool();
-  void expire(Consumer& consumer);
-  States* states_of(const Segment& segment) const;
-  std::string due_path() const;
+  Topic* find(std::string_view name);
+  Topic& topic(std::string_view name);  // made where it is missing
+  void delete_topic(Topic& topic);
+  void changed(const Topic& topic, const Channel* channel, bool created);
+  void touch(Topic& topic);       // it may have something to deliver
+  void cool_later(Topic& topic);  // it may have something mapped that is not used any more
+  bool has_work() const { return !touched_.empty(); }
+  void pump();         // delivers what this turn made deliverable
+  void after_write();  // unmaps what is not used any more
+  Metadata metadata() const;
+  void close();
 
  private:
-  bool find_waiting();
-  void enter(States& states);
-  void leave();
-  Status open(States& states);
-  size_t deliver(Consumer& consumer, size_t most);
-  size_t deliver_run(Consumer& consumer, size_t most);
-  bool sampled_out(const Consumer& consumer);
-  void hold(Consumer& consumer, const Place& place, const char* frame);
-  void append_again(Port& port, const Place& place);
-  uint32_t owned(Consumer& consumer, const MessageId& id, std::string_view& why);
-  void link(uint32_t which);
-  void unlink(uint32_t which);
-  Place let_go(uint32_t which);
-  void put_back(const Place& place);
-  void finish(const Place& place);
-  void drop(States& states);
-  void skip_to_end(uint64_t from);
-  void release_due();
-  void push_deferred(const Place& place, int64_t due);
-  void count_locality(const ClientInfo& info, size_t messages);
-  void bury(Consumer& consumer);
-
-  std::map<uint64_t, std::unique_ptr<States>> states_;  // by the number of the segment's first message
-  uint64_t cursor_;          // number of the next message never yet delivered
-  States* at_ = nullptr;     // those that the cursor is in, once it was looked up
-  int64_t aside_ = 0;
-  uint64_t counted_from_;    // message_count is distributed - counted_from
-  InFlight in_flight_;
-  struct Requeued {
-    Place place;
-    uint64_t behind;  // goes out when the cursor has passed this number: its turn in the queue
-  };
-  std::deque<Requeued> requeued_;
-  struct Deferred {
-    int64_t due;  // monotonic
-    Place place;
-    bool operator<(const Deferred& other) const { return due > other.due; }  // the heap's top is the earliest
-  };
-  std::vector<Deferred> deferred_;
-  Timer deferred_timer_;
-  DueBook due_book_;
-  std::deque<Consumer*> ready_;  // those that can take a message, the one that waited longest first
-  std::vector<std::unique_ptr<Consumer>> orphans_;  // without a client, until what they had in flight has timed out
-  uint32_t dice_ = 2463534242u;
+  std::vector<Topic*> touched_, cooling_;
 };
 
 /// A topic. Messages below `distributed` were handed to its channels; the mark follows the end of the log unless the topic
@@ -1960,9 +1899,9 @@ class Topic {
   std::map<std::string, std::unique_ptr<Channel>, std::less<>> channels;
   uint64_t message_count = 0, message_bytes = 0;
   bool paused = false;
-  bool held_back = false;  // until nsqlookupd has said which channels there are
+  bool held_back = false;                 // until nsqlookupd has said which channels there are
   bool touched = false, cooling = false;  // in the broker's lists
-  std::vector<Channel*> hungry;           // those with a consumer that can take a message, perhaps more
+  std::vector<Channel*> hungry;           // those with a consumer that could take a message when last looked at
   std::vector<Channel*> bounded;          // those in memory only
 
   uint64_t distributed() const { return distributed_; }
@@ -1979,618 +1918,622 @@ class Topic {
   void pause(bool pause);
   void hold_back(bool hold);
   void close(bool remove_files);
+
   void pump();
   void cool();
   void release_if_done(Segment& segment);
   void retire_drained_tail();
   void load(std::vector<std::unique_ptr<Segment>> segments);
   void hand_over_imported();
-  void resume();
+  void complete_states();
   /// Hands over what was stored and not handed over yet, or stops doing so: to be called when flows() may have changed.
   void update_flow();
 
  private:
-  Status prepare(Segment& segment);  // what a new one needs before it counts
-  void wind_up(Segment& segment);    // the one before has ended
+  Status prepare(Segment& segment);
+  void wind_up(Segment& segment);
   void mark_segments();
   void distribute();
   uint64_t distributed_ = 0;
   bool marked_ = true;  // the segments say how far they were handed over; false: they follow
 };
 
-/// All topics, and what they share.
-class Broker {
- public:
-  Broker(const Options& opts, Logger& log, const std::string& directory);
-
-  const Options& options;
-  Logger& logger;
-  Now now;  // the time of this turn, set by the loop
-  Timers timers;
-  Storage storage;
-  IdSource ids;
-  std::map<std::string, std::unique_ptr<Topic>, std::less<>> topics;
-  uint64_t deletions = 0;         // of topics: what a session remembers of one holds until this rises
-  bool serving = true;            // false: nothing is delivered any more
-  bool metadata_changed = false;  // nsqd.dat is behind
-  bool metadata_awaited = false;  // and somebody waits for it
-  /// Told of each topic (channel null) and channel that comes or goes.
-  std::function<void(const Topic& topic, const Channel* channel, bool created)> on_change;
-
-  Topic* find(std::string_view topic);
-  Topic& topic(std::string_view topic);  // made where it is missing
-  void delete_topic(Topic& topic);
-  void changed(const Topic& topic, const Channel* channel, bool created);
-  void touch(Topic& topic);
-  void cool_later(Topic& topic);
-  void pump();        // deliver what this turn made deliverable
-  bool has_work() const { return !touched_topics_.empty(); }
-  void after_write(); // unmap what is not used any more
-  Metadata metadata() const;
-  void close();
-
- private:
-  std::vector<Topic*> touched_topics_, cooling_;
+/// A message of a channel by its place.
+struct Place {
+  States* states;
+  uint32_t index;
+  uint64_t number() const { return states->segment->first + index; }
 };
 
-// ---- Consumer and channel --------------------------------------------------------------------------------------------
-
-inline Consumer::Consumer(Channel& of, Port& to, const ClientInfo& who, Duration timeout, int sampling)
-    : channel(of), port(&to), info(&who), msg_timeout(timeout.count()), sample_rate(sampling), oldest(InFlight::kNone), newest(InFlight::kNone),
-      timer(of.topic.broker.timers, [this] { channel.expire(*this); }) {}
-
-inline Channel::Channel(Topic& of, std::string channel_name)
-    : topic(of), name(std::move(channel_name)), ephemeral(is_ephemeral(name)), bounded(ephemeral || !of.log.kept()), cursor_(of.distributed()), counted_from_(of.distributed()),
-      deferred_timer_(of.broker.timers, [this] { release_due(); }), due_book_(due_path()) {
-  const Options& options = of.broker.options;
-  if (!options.e2e_processing_latency_percentile.empty())
-    latency = std::make_unique<LatencySketch>(options.e2e_processing_latency_window_time.count());
-  if (bounded) of.bounded.push_back(this);
-}
-
-inline std::string Channel::due_path() const {
-  return bounded ? std::string() : text(topic.broker.storage.directory, "/", topic.name, ":", name, ".due");
-}
-
-inline uint64_t Channel::message_count() const { return topic.distributed() - counted_from_; }
-
-inline int64_t Channel::depth() const {
-  return static_cast<int64_t>(topic.distributed() - cursor_) - aside_ + static_cast<int64_t>(requeued_.size());
-}
-
-/// Of the depth, what lies in segments that are not mapped.
-inline int64_t Channel::backend_depth() const {
-  int64_t unmapped = 0;
-  for (const auto& [first, states] : states_) {
-    const uint64_t end = std::min(states->segment->end(), topic.distributed()), begin = std::max(first, cursor_);
-    if (!states->segment->file.mapped() && end > begin) unmapped += static_cast<int64_t>(end - begin) - std::max<int64_t>(0, states->finished - static_cast<int64_t>(begin - first));
+/// See the head of this section for what always holds. `aside` counts the messages at or above the cursor, below
+/// `distributed`, that are not waiting there: finished or held ones, and numbers whose segment is gone.
+class Channel {
+ public:
+  Channel(Topic& of, std::string channel_name)
+      : topic(of), name(std::move(channel_name)), ephemeral(is_ephemeral(name)), bounded(ephemeral || !of.log.kept()), broker_(of.broker),
+        cursor_(of.distributed()), counted_from_(cursor_), deferred_timer_(broker_.timers, [this] { release_due(); }),
+        due_book_(bounded ? std::string() : text(broker_.storage.directory, "/", of.name, ":", name, ".due")) {
+    if (!broker_.options.e2e_processing_latency_percentile.empty())
+      latency = std::make_unique<LatencySketch>(broker_.options.e2e_processing_latency_window_time.count());
+    if (bounded) of.bounded.push_back(this);
   }
-  return std::clamp<int64_t>(unmapped, 0, std::max<int64_t>(0, depth()));
-}
 
-inline Consumer* Channel::subscribe(Port& port, const ClientInfo& info, Duration msg_timeout, int sample_rate) {
-  consumers.push_back(std::make_unique<Consumer>(*this, port, info, msg_timeout, sample_rate));
-  port.consumer = consumers.back().get();
-  return port.consumer;
-}
+  Topic& topic;
+  const std::string name;
+  const bool ephemeral;
+  const bool bounded;   // in memory only, so it forgets what is above --mem-queue-size
+  bool paused = false;
+  bool listed = false;  // among its topic's hungry ones
+  std::vector<std::unique_ptr<Consumer>> consumers;  // with a client
+  uint64_t requeue_count = 0, timeout_count = 0;
+  uint64_t zone_local_count = 0, region_local_count = 0, global_count = 0;
+  std::unique_ptr<LatencySketch> latency;
 
-/// Its messages stay in flight until they time out, as with nsqd.
-inline void Channel::unsubscribe(Consumer& consumer) {
-  auto found = std::find_if(consumers.begin(), consumers.end(), [&](const auto& c) { return c.get() == &consumer; });
-  ready_.erase(std::remove(ready_.begin(), ready_.end(), &consumer), ready_.end());
-  consumer.port->consumer = nullptr;
-  consumer.port = nullptr;
-  consumer.info = nullptr;
-  if (consumer.in_flight > 0) orphans_.push_back(std::move(*found));
-  consumers.erase(found);
-  if (ephemeral && consumers.empty()) topic.delete_channel(*this);
-}
+  // ---- for the statistics ----------------------------------------------------------------------------------------------
 
-inline void Channel::give_back(Consumer& consumer) {
-  while (consumer.oldest != InFlight::kNone) put_back(let_go(consumer.oldest));
-  unsubscribe(consumer);
-}
-
-inline void Channel::bury(Consumer& consumer) {
-  auto found = std::find_if(orphans_.begin(), orphans_.end(), [&](const auto& c) { return c.get() == &consumer; });
-  if (found != orphans_.end()) orphans_.erase(found);
-}
-
-inline void Channel::set_ready(Consumer& consumer, int64_t rdy) {
-  consumer.rdy = rdy;
-  consider(consumer);
-}
-
-inline void Channel::consider(Consumer& consumer) {
-  if (!consumer.listed && consumer.can_take()) {
-    consumer.listed = true;
-    ready_.push_back(&consumer);
-  }
-  if (!listed && hungry()) {
-    listed = true;
-    topic.hungry.push_back(this);
-  }
-  if (consumer.listed) topic.broker.touch(topic);
-}
-
-inline uint32_t Channel::owned(Consumer& consumer, const MessageId& id, std::string_view& why) {
-  const uint32_t which = in_flight_.find(id);
-  if (which == InFlight::kNone) why = "ID not in flight";
-  else if (in_flight_[which].owner != &consumer) why = "client does not own message";
-  else return which;
-  return InFlight::kNone;
-}
-
-inline std::string_view Channel::finish(Consumer& consumer, const MessageId& id) {
-  std::string_view why;
-  const uint32_t which = owned(consumer, id, why);
-  if (which == InFlight::kNone) return why;
-  const Place place = let_go(which);
-  ++consumer.finished;
-  if (latency != nullptr && open(*place.states).ok() && place.states->segment->file.open().ok())
-    latency->add(topic.broker.now.wall - static_cast<int64_t>(get_be<uint64_t>(place.states->segment->frame(place.index) + 8)), topic.broker.now.steady);
-  finish(place);
-  consider(consumer);
-  return {};
-}
-
-inline std::string_view Channel::requeue(Consumer& consumer, const MessageId& id, int64_t delay) {
-  std::string_view why;
-  const uint32_t which = owned(consumer, id, why);
-  if (which == InFlight::kNone) return why;
-  const Place place = let_go(which);
-  ++consumer.requeued;
-  ++requeue_count;
-  if (delay == 0) {
-    put_back(place);
-  } else {
-    const Now& now = topic.broker.now;
-    push_deferred(place, saturating_add(now.steady, delay));
-    const int64_t wall_ahead = now.wall - now.steady;
-    const Status status = due_book_.add({place.number(), saturating_add(now.wall, delay)}, topic.broker.storage, [&] {
-      std::vector<DueBook::Entry> live;
-      for (const Deferred& deferred : deferred_) live.emplace_back(deferred.place.number(), saturating_add(deferred.due, wall_ahead));
-      return live;
-    });
-    if (!status.ok()) topic.broker.logger.say(Level::kError, "CHANNEL(", name, "): a delay would not survive a restart - ", status.error);
-  }
-  consider(consumer);
-  return {};
-}
-
-inline std::string_view Channel::touch(Consumer& consumer, const MessageId& id, int64_t msg_timeout) {
-  std::string_view why;
-  const uint32_t which = owned(consumer, id, why);
-  if (which == InFlight::kNone) return why;
-  unlink(which);
-  Held& held = in_flight_[which];
-  const int64_t latest = saturating_add(held.delivered_at, topic.broker.options.max_msg_timeout.count());
-  held.deadline = std::min(saturating_add(topic.broker.now.steady, msg_timeout), latest);
-  link(which);
-  return {};
-}
-
-/// Puts a message in flight into its owner's list by its deadline: nearly always at the end.
-inline void Channel::link(uint32_t which) {
-  Held& held = in_flight_[which];
-  Consumer& owner = *held.owner;
-  uint32_t after = owner.newest;
-  while (after != InFlight::kNone && in_flight_[after].deadline > held.deadline) after = in_flight_[after].earlier;
-  held.earlier = after;
-  held.later = after == InFlight::kNone ? owner.oldest : in_flight_[after].later;
-  (held.earlier == InFlight::kNone ? owner.oldest : in_flight_[held.earlier].later) = which;
-  (held.later == InFlight::kNone ? owner.newest : in_flight_[held.later].earlier) = which;
-  if (owner.timer.due() > held.deadline) owner.timer.set(held.deadline);  // an earlier one looks at the list when it fires
-}
-
-inline void Channel::unlink(uint32_t which) {
-  const Held& held = in_flight_[which];
-  Consumer& owner = *held.owner;
-  (held.earlier == InFlight::kNone ? owner.oldest : in_flight_[held.earlier].later) = held.later;
-  (held.later == InFlight::kNone ? owner.newest : in_flight_[held.later].earlier) = held.earlier;
-}
-
-inline Place Channel::let_go(uint32_t which) {
-  const Held& held = in_flight_[which];
-  const Place place{held.states, held.index};
-  unlink(which);
-  --held.owner->in_flight;
-  in_flight_.erase(which);
-  --place.states->held;
-  return place;
-}
-
-/// Behind everything that waits, as nsqd does it.
-inline void Channel::put_back(const Place& place) {
-  ++place.states->held;
-  requeued_.push_back({place, topic.distributed()});
-  topic.broker.touch(topic);
-}
-
-inline void Channel::push_deferred(const Place& place, int64_t due) {
-  ++place.states->held;
-  deferred_.push_back({due, place});
-  std::push_heap(deferred_.begin(), deferred_.end());
-  deferred_timer_.set(deferred_.front().due);
-}
-
-inline void Channel::release_due() {
-  while (!deferred_.empty() && deferred_.front().due <= topic.broker.now.steady) {
-    std::pop_heap(deferred_.begin(), deferred_.end());
-    const Place place = deferred_.back().place;
-    deferred_.pop_back();
-    --place.states->held;
-    put_back(place);
-  }
-  if (deferred_.empty()) due_book_.clear();
-  else deferred_timer_.set(deferred_.front().due);
-}
-
-/// Takes over a message that was published with a delay.
-inline void Channel::defer(uint64_t number, int64_t due_wall) {
-  auto found = std::prev(states_.upper_bound(number));
-  const Now& now = topic.broker.now;
-  const int64_t delay = std::clamp<int64_t>(due_wall - now.wall, 0, topic.broker.options.max_req_timeout.count());
-  push_deferred({found->second.get(), static_cast<uint32_t>(number - found->first)}, now.steady + delay);
-  if (number >= cursor_) ++aside_;
-}
-
-inline void Channel::expire(Consumer& consumer) {
-  const int64_t now = topic.broker.now.steady;
-  while (consumer.oldest != InFlight::kNone && in_flight_[consumer.oldest].deadline <= now) {
-    ++timeout_count;
-    put_back(let_go(consumer.oldest));
-  }
-  if (consumer.oldest != InFlight::kNone) consumer.timer.set(in_flight_[consumer.oldest].deadline);
-  if (consumer.port != nullptr) consider(consumer);
-  else if (consumer.in_flight == 0) bury(consumer);
-}
-
-inline Status Channel::open(States& states) { return states.file.open(); }
-
-inline void Channel::finish(const Place& place) {
-  States& states = *place.states;
-  Storage& storage = topic.broker.storage;
-  if (!open(states).ok()) return;  // it will come again after a restart
-  states.set(place.index, States::kFinished);
-  states.file.touch(storage);
-  ++storage.operations;
-  if (++states.finished < states.segment->count) return;
-  if (states.segment->sealed) drop(states);
-  else if (states.segment->file.size() > kWarmSegment) topic.retire_drained_tail();
-}
-
-/// This channel needs the segment no more.
-inline void Channel::drop(States& states) {
-  Segment& segment = *states.segment;
-  if (cursor_ >= segment.first && cursor_ < segment.end()) {
-    aside_ -= static_cast<int64_t>(segment.end() - cursor_);
-    cursor_ = segment.end();
-  }
-  if (at_ == &states) leave();
-  states.file.remove();
-  states_.erase(segment.first);
-  topic.release_if_done(segment);
-}
-
-inline void Channel::enter(States& states) {
-  leave();
-  at_ = &states;
-  ++states.segment->cursors;
-}
-
-inline void Channel::leave() {
-  if (at_ == nullptr) return;
-  --at_->segment->cursors;
-  at_ = nullptr;
-  topic.broker.cool_later(topic);
-}
-
-/// Moves the cursor to the next message that waits; false when there is none, or when its files cannot be read now.
-inline bool Channel::find_waiting() {
-  const uint64_t end = topic.distributed();
-  while (cursor_ < end) {
-    if (at_ == nullptr || cursor_ >= at_->segment->end()) {
-      auto next = states_.upper_bound(cursor_);
-      if (next != states_.begin() && std::prev(next)->second->segment->end() > cursor_) --next;
-      if (next == states_.end()) return false;
-      if (next->first > cursor_) {  // what lay between is gone
-        aside_ -= static_cast<int64_t>(next->first - cursor_);
-        cursor_ = next->first;
-      }
-      enter(*next->second);
+  int64_t depth() const { return static_cast<int64_t>(topic.distributed() - cursor_) - aside_ + static_cast<int64_t>(requeued_.size()); }
+  int64_t in_flight_count() const { return static_cast<int64_t>(in_flight_.size()); }
+  int64_t deferred_count() const { return static_cast<int64_t>(deferred_.size()); }
+  uint64_t message_count() const { return topic.distributed() - counted_from_; }
+  /// Of the depth, what lies in segments that are not mapped.
+  int64_t backend_depth() const {
+    int64_t unmapped = 0;
+    for (const auto& [first, states] : states_) {
+      const uint64_t end = std::min(states->segment->end(), topic.distributed()), begin = std::max(first, cursor_);
+      if (!states->segment->file.mapped() && end > begin) unmapped += static_cast<int64_t>(end - begin);
     }
-    Segment& segment = *at_->segment;
-    const Status status = !open(*at_).ok() ? open(*at_) : segment.file.open();
-    if (!status.ok()) {
-      topic.broker.logger.say(Level::kError, "CHANNEL(", name, "): cannot read - ", status.error);
-      return false;
-    }
-    const auto limit = static_cast<uint32_t>(std::min(end, segment.end()) - segment.first);
-    for (auto i = static_cast<uint32_t>(cursor_ - segment.first); i < limit; ++i, ++cursor_, --aside_)
-      if (at_->get(i) == 0 && !segment.deferred(i)) return true;
+    return std::clamp<int64_t>(unmapped, 0, std::max<int64_t>(0, depth()));
   }
-  return false;
-}
 
-/// Gives out what waits, for as long as a consumer can take it: in turns, with runs as long as an even share allows.
-inline void Channel::pump() {
-  static constexpr size_t kLongestRun = 512;  // messages; long enough to be cheap, short enough to be fair
-  while (topic.broker.serving && !paused && !ready_.empty()) {
-    Consumer& consumer = *ready_.front();
-    if (consumer.can_take()) {
-      const size_t share = static_cast<size_t>(std::max<int64_t>(depth(), 1)) / ready_.size();
-      if (deliver(consumer, std::clamp<size_t>(share, 1, kLongestRun)) == 0) return;
-    }
-    ready_.pop_front();
-    consumer.listed = consumer.can_take();
-    if (consumer.listed) ready_.push_back(&consumer);
+  // ---- for the sessions: finish, requeue and touch return why they failed, or nothing ----------------------------------
+
+  Consumer& subscribe(Port& port, const ClientInfo& info, Duration msg_timeout, int sample_rate) {
+    consumers.push_back(std::make_unique<Consumer>(*this, broker_.timers, port, info, msg_timeout, sample_rate, [this](Consumer& late) { expire(late); }));
+    port.consumer = consumers.back().get();
+    return *port.consumer;
   }
-}
 
-/// How many messages it took from the queue for this consumer; 0 when none waits.
-inline size_t Channel::deliver(Consumer& consumer, size_t most) {
-  const bool any = find_waiting();
-  if (requeued_.empty() || (any && requeued_.front().behind > cursor_)) return any ? deliver_run(consumer, most) : 0;
-  const Place place = requeued_.front().place;
-  if (!open(*place.states).ok() || !place.states->segment->file.open().ok()) return 0;
-  requeued_.pop_front();
-  --place.states->held;
-  if (!place.states->segment->warm()) topic.broker.cool_later(topic);
-  if (sampled_out(consumer)) {
+  /// Its messages stay in flight until they time out, as with nsqd. The last one takes an ephemeral channel with it.
+  void unsubscribe(Consumer& consumer) {
+    auto found = std::find_if(consumers.begin(), consumers.end(), [&](const auto& c) { return c.get() == &consumer; });
+    ready_.erase(std::remove(ready_.begin(), ready_.end(), &consumer), ready_.end());
+    consumer.port->consumer = nullptr;
+    consumer.port = nullptr;
+    consumer.info = nullptr;
+    if (consumer.in_flight > 0) orphans_.push_back(std::move(*found));
+    consumers.erase(found);
+    if (ephemeral && consumers.empty()) topic.delete_channel(*this);
+  }
+
+  /// The same, but what it has in flight is requeued at once.
+  void give_back(Consumer& consumer) {
+    while (consumer.oldest != InFlight::kNone) put_back(let_go(consumer.oldest));
+    unsubscribe(consumer);
+  }
+
+  void set_ready(Consumer& consumer, int64_t rdy) {
+    consumer.rdy = rdy;
+    consider(consumer);
+  }
+
+  /// Something has changed for this consumer: it may be able to take messages now.
+  void consider(Consumer& consumer) {
+    if (!consumer.listed && consumer.can_take()) {
+      consumer.listed = true;
+      ready_.push_back(&consumer);
+    }
+    if (!listed && hungry()) {
+      listed = true;
+      topic.hungry.push_back(this);
+    }
+    if (consumer.listed) broker_.touch(topic);
+  }
+
+  std::string_view finish(Consumer& consumer, const MessageId& id) {
+    std::string_view why;
+    const uint32_t which = owned(consumer, id, why);
+    if (which == InFlight::kNone) return why;
+    const Place place = let_go(which);
+    ++consumer.finished;
+    if (latency != nullptr && open(place).ok()) latency->add(broker_.now.wall - frame_timestamp(place), broker_.now.steady);
     finish(place);
-    return 1;
+    consider(consumer);
+    return {};
   }
-  append_again(*consumer.port, place);
-  count_locality(*consumer.info, 1);
-  hold(consumer, place, place.states->segment->frame(place.index));
-  return 1;
-}
 
-/// First deliveries, straight from the segment: neighbours go out as one piece of memory.
-inline size_t Channel::deliver_run(Consumer& consumer, size_t most) {
-  States& states = *at_;
-  const Segment& segment = *states.segment;
-  const auto begin = static_cast<uint32_t>(cursor_ - segment.first);
-  uint64_t last = std::min({topic.distributed(), segment.end(), cursor_ + most, cursor_ + static_cast<uint64_t>(consumer.rdy - consumer.in_flight)});
-  if (!requeued_.empty()) last = std::min(last, std::max(requeued_.front().behind, cursor_ + 1));
-  const auto end = static_cast<uint32_t>(last - segment.first);
-  const char* run = segment.frame(begin);
-  const char* run_end = run;
-  uint32_t i = begin;
-  for (; i < end && static_cast<size_t>(run_end - run) < Consumer::kMostOutput; ++i) {
-    if (states.get(i) != 0 || segment.deferred(i)) break;
-    if (sampled_out(consumer)) {
-      if (i > begin) break;  // a run has no holes: the next one begins with this message
-      ++cursor_;
-      finish({&states, i});
-      return 1;
-    }
-    const char* frame = segment.frame(i);
-    hold(consumer, {&states, i}, frame);
-    run_end = frame + Segment::frame_size(frame);
+  std::string_view requeue(Consumer& consumer, const MessageId& id, int64_t delay) {
+    std::string_view why;
+    const uint32_t which = owned(consumer, id, why);
+    if (which == InFlight::kNone) return why;
+    const Place place = let_go(which);
+    ++consumer.requeued;
+    ++requeue_count;
+    if (delay == 0) put_back(place);
+    else put_off(place, delay);
+    consider(consumer);
+    return {};
   }
-  cursor_ += i - begin;
-  states.file.touch(topic.broker.storage);
-  consumer.port->out.append_mapped(run, static_cast<size_t>(run_end - run));
-  consumer.port->attend();
-  count_locality(*consumer.info, i - begin);
-  return i - begin;
-}
 
-/// sample_rate r passes (r + 1) % and destroys the rest, for the whole channel, as nsqd 1.3.0 does.
-inline bool Channel::sampled_out(const Consumer& consumer) {
-  if (consumer.sample_rate == 0) return false;
-  dice_ ^= dice_ << 13;
-  dice_ ^= dice_ >> 17;
-  dice_ ^= dice_ << 5;
-  return static_cast<int>(dice_ % 100) > consumer.sample_rate;
-}
+  std::string_view touch(Consumer& consumer, const MessageId& id, int64_t msg_timeout) {
+    std::string_view why;
+    const uint32_t which = owned(consumer, id, why);
+    if (which == InFlight::kNone) return why;
+    unlink(which);
+    Held& held = in_flight_[which];
+    const int64_t latest = saturating_add(held.delivered_at, broker_.options.max_msg_timeout.count());
+    held.deadline = std::min(saturating_add(broker_.now.steady, msg_timeout), latest);
+    link(which);
+    return {};
+  }
 
-inline void Channel::hold(Consumer& consumer, const Place& place, const char* frame) {
-  const uint16_t attempts = place.states->get(place.index);
-  place.states->set(place.index, std::min<uint16_t>(static_cast<uint16_t>(attempts + 1), States::kMost));
-  ++place.states->held;
-  const uint32_t which = in_flight_.insert(Segment::id_of(frame));
-  Held& held = in_flight_[which];
-  held.states = place.states;
-  held.index = place.index;
-  held.owner = &consumer;
-  held.delivered_at = topic.broker.now.steady;
-  held.deadline = saturating_add(held.delivered_at, consumer.msg_timeout);
-  link(which);
-  ++consumer.in_flight;
-  ++consumer.delivered;
-}
+  void pause(bool pause) {
+    paused = pause;
+    broker_.metadata_changed = broker_.metadata_awaited = true;
+    broker_.touch(topic);
+  }
 
-/// A copy of the frame with the number of this attempt; it stops at 65535, where nsqd would begin again at 0.
-inline void Channel::append_again(Port& port, const Place& place) {
-  const char* frame = place.states->segment->frame(place.index);
-  std::string copy(frame, Segment::frame_size(frame));
-  put_be(&copy[16], static_cast<uint16_t>(place.states->get(place.index) + 1));
-  port.out.append(copy);
-  port.attend();
-}
-
-inline void Channel::count_locality(const ClientInfo& info, size_t messages) {
-  (info.zone_local ? zone_local_count : info.region_local ? region_local_count : global_count) += messages;
-}
-
-inline void Channel::pause(bool pause) {
-  paused = pause;
-  topic.broker.metadata_changed = topic.broker.metadata_awaited = true;
-  topic.broker.touch(topic);
-}
-
-/// Everything that the channel was given counts as finished from here on.
-inline void Channel::empty() {
-  for (auto* list : {&consumers, &orphans_}) {
-    for (auto& consumer : *list) {
+  /// Everything that the channel was given counts as finished from here on.
+  void empty() {
+    for (auto& consumer : consumers) {
       consumer->in_flight = 0;
       consumer->oldest = consumer->newest = InFlight::kNone;
       consumer->timer.set(kNever);
     }
+    orphans_.clear();
+    in_flight_ = InFlight();
+    requeued_.clear();
+    deferred_.clear();
+    deferred_timer_.set(kNever);
+    due_book_.clear();
+    for (auto& [first, states] : states_) states->held = 0;
+    skip_to_end(0);
+    for (auto& consumer : consumers) consider(*consumer);
   }
-  orphans_.clear();
-  in_flight_ = InFlight();
-  requeued_.clear();
-  deferred_.clear();
-  deferred_timer_.set(kNever);
-  due_book_.clear();
-  for (auto& [first, states] : states_) states->held = 0;
-  skip_to_end(0);
-  for (auto& consumer : consumers) consider(*consumer);
-}
 
-/// Finishes all messages in [from, distributed).
-inline void Channel::skip_to_end(uint64_t from) {
-  const uint64_t end = topic.distributed();
-  std::vector<States*> done;
-  for (auto& [first, states] : states_) {
-    Segment& segment = *states->segment;
-    if (end <= first || segment.end() <= from) continue;
-    if (!open(*states).ok()) continue;
-    states->finish(static_cast<uint32_t>(std::max(from, first) - first), static_cast<uint32_t>(std::min(end, segment.end()) - first));
-    states->file.touch(topic.broker.storage);
-    if (segment.sealed && states->finished == segment.count) done.push_back(states.get());
-  }
-  if (cursor_ >= from) {
+  /// Closes its clients, and removes what it stored where that is wanted.
+  void close(bool remove_files) {
+    broker_.logger.say(Level::kInfo, "CHANNEL(", name, "): ", remove_files ? "deleting" : "closing");
+    for (auto* list : {&topic.hungry, &topic.bounded}) list->erase(std::remove(list->begin(), list->end(), this), list->end());
+    for (auto& consumer : consumers) {
+      consumer->port->consumer = nullptr;
+      consumer->port->dropped = true;
+      consumer->port->attend();
+    }
+    consumers.clear();
+    ready_.clear();
     leave();
-    cursor_ = end;
-    aside_ = 0;
-  } else {
-    aside_ += static_cast<int64_t>(end - from);
+    if (!remove_files) return;
+    due_book_.remove();
+    std::vector<Segment*> segments;
+    for (auto& [first, states] : states_) {
+      segments.push_back(states->segment);
+      states->file.remove();
+    }
+    states_.clear();
+    for (Segment* segment : segments) topic.release_if_done(*segment);
   }
-  for (States* states : done) drop(*states);
-  topic.broker.cool_later(topic);
-}
 
-/// The topic was emptied of what it had not handed over yet.
-inline void Channel::skip_undistributed(uint64_t from) {
-  skip_to_end(from);
-  counted_from_ += topic.distributed() - from;
-}
+  // ---- for the topic ---------------------------------------------------------------------------------------------------
 
-inline void Channel::close(bool remove_files) {
-  topic.broker.logger.say(Level::kInfo, "CHANNEL(", name, "): ", remove_files ? "deleting" : "closing");
-  for (auto* list : {&topic.hungry, &topic.bounded}) list->erase(std::remove(list->begin(), list->end(), this), list->end());
-  for (auto& consumer : consumers) {
-    consumer->port->consumer = nullptr;
-    consumer->port->dropped = true;
-    consumer->port->attend();
-  }
-  consumers.clear();
-  ready_.clear();
-  leave();
-  if (!remove_files) return;
-  due_book_.remove();
-  std::vector<Segment*> segments;
-  for (auto& [first, states] : states_) {
-    segments.push_back(states->segment);
-    states->file.remove();
-  }
-  states_.clear();
-  for (Segment* segment : segments) topic.release_if_done(*segment);
-}
+  bool hungry() const { return !ready_.empty(); }
 
-/// Drops the newest messages above the bound, behind what the ready consumers took.
-inline void Channel::trim() {
-  int64_t excess = depth() - topic.broker.options.mem_queue_size;
-  for (auto it = states_.rbegin(); it != states_.rend() && excess > 0; ++it) {
-    States& states = *it->second;
-    if (!open(states).ok() || !states.segment->file.open().ok()) return;
-    const uint64_t end = std::min(states.segment->end(), topic.distributed());
-    for (uint64_t number = end; number > std::max(cursor_, it->first) && excess > 0; --number) {
-      const auto i = static_cast<uint32_t>(number - 1 - it->first);
-      if (states.get(i) != 0 || states.segment->deferred(i)) continue;
-      states.finish(i, i + 1);
-      ++aside_;
-      --excess;
+  /// Gives out what waits, for as long as a consumer can take it: in turns, with runs as long as an even share allows.
+  void pump() {
+    static constexpr size_t kLongestRun = 512;  // messages; long enough to be cheap, short enough to be fair
+    while (broker_.serving && !paused && !ready_.empty()) {
+      Consumer& consumer = *ready_.front();
+      if (consumer.can_take()) {
+        const size_t share = static_cast<size_t>(std::max<int64_t>(depth(), 1)) / ready_.size();
+        if (deliver(consumer, std::clamp<size_t>(share, 1, kLongestRun)) == 0) return;
+      }
+      ready_.pop_front();
+      consumer.listed = consumer.can_take();
+      if (consumer.listed) ready_.push_back(&consumer);
     }
   }
-}
 
-inline Status Channel::add_states(Segment& segment, uint32_t finished_below) {
-  auto states = std::make_unique<States>(bounded ? std::string() : topic.log.path(name, segment.first, ".state"), segment);
-  Status status = states->file.create(topic.broker.storage);
-  if (!status.ok()) return status;
-  states->finish(0, finished_below);
-  for (uint32_t i : segment.damaged)
-    if (i >= finished_below) states->finish(i, i + 1);
-  FileHeader::write(states->file, States::kMagic, segment.first, segment.capacity());
-  states->file.touch(topic.broker.storage);
-  states_[segment.first] = std::move(states);
-  return status;
-}
-
-inline void Channel::remove_states(const Segment& segment) {
-  if (States* states = states_of(segment)) states->file.remove();
-  states_.erase(segment.first);
-}
-
-inline States* Channel::states_of(const Segment& segment) const {
-  auto found = states_.find(segment.first);
-  return found == states_.end() ? nullptr : found->second.get();
-}
-
-/// A sealed segment whose messages are all finished is not needed any more.
-inline void Channel::segment_sealed(Segment& segment) {
-  States* states = states_of(segment);
-  if (states != nullptr && states->finished == segment.count) drop(*states);
-}
-
-/// Gives back the memory of states that are not looked at now.
-inline void Channel::cool() {
-  for (auto& [first, states] : states_)
-    if (states->held == 0 && states.get() != at_ && states->segment->sealed) states->file.close();
-}
-
-/// Takes up its place after a restart: what was delivered before and not finished comes first, with its attempts; what was
-/// put off waits for its time; the cursor is at the first message never delivered.
-inline void Channel::resume(size_t due_book_size) {
-  const auto due = due_book_size > 0 ? due_book_.load_entries(due_book_size) : std::unordered_map<uint64_t, int64_t>();
-  const Now& now = topic.broker.now;
-  std::vector<States*> done;
-  bool found = false;
-  uint64_t expected = 0;
-  cursor_ = topic.distributed();
-  for (auto& [first, states] : states_) {
-    Segment& segment = *states->segment;
-    if (!open(*states).ok() || !segment.file.open().ok()) throw std::runtime_error(text("cannot map ", states->file.path(), " and its segment"));
-    states->finished = 0;
-    for (uint32_t i : segment.damaged) states->set(i, States::kFinished);
-    for (uint32_t i = segment.count; i < segment.capacity(); ++i)
-      if (states->get(i) != 0) states->set(i, 0);
-    if (found) aside_ += static_cast<int64_t>(first - expected);
-    expected = segment.end();
-    const uint64_t handed = std::clamp(topic.distributed(), first, segment.end()) - first;
-    for (uint32_t i = 0; i < segment.count; ++i) {
-      const uint16_t state = states->get(i);
-      const bool waiting = state == 0 && !segment.deferred(i);
-      if (state == States::kFinished) ++states->finished;
-      if (waiting && !found && i < handed) {
-        found = true;
-        cursor_ = first + i;
-      }
-      if (waiting || i >= handed) continue;
-      if (found) ++aside_;
-      if (state == States::kFinished) continue;
-      const auto entry = due.find(first + i);
-      const int64_t due_wall = entry != due.end() ? entry->second : segment.deferred(i) ? segment.due_of(i) : 0;
-      const int64_t delay = std::clamp<int64_t>(due_wall - now.wall, 0, topic.broker.options.max_req_timeout.count());
-      if (delay > 0) {
-        push_deferred({states.get(), i}, now.steady + delay);
-      } else {
-        ++states->held;
-        requeued_.push_back({{states.get(), i}, 0});
+  /// Drops the newest messages above the bound, behind what the ready consumers took.
+  void trim() {
+    int64_t excess = depth() - broker_.options.mem_queue_size;
+    for (auto it = states_.rbegin(); it != states_.rend() && excess > 0; ++it) {
+      States& states = *it->second;
+      if (!open({&states, 0}).ok()) return;
+      const uint64_t end = std::min(states.segment->end(), topic.distributed());
+      for (uint64_t number = end; number > std::max(cursor_, it->first) && excess > 0; --number) {
+        const auto i = static_cast<uint32_t>(number - 1 - it->first);
+        if (states.get(i) != 0 || states.segment->deferred(i)) continue;
+        states.finish(i, i + 1);
+        ++aside_;
+        --excess;
       }
     }
-    if (segment.sealed && states->finished == segment.count) done.push_back(states.get());
-    if (states->held == 0) states->file.close();
   }
-  counted_from_ = topic.distributed();
-  for (States* states : done) drop(*states);
-}
+
+  /// Takes over a message that was published with a delay.
+  void defer(uint64_t number, int64_t due_wall) {
+    const auto found = std::prev(states_.upper_bound(number));
+    push_deferred({found->second.get(), static_cast<uint32_t>(number - found->first)}, steady(due_wall));
+    if (number >= cursor_) ++aside_;
+  }
+
+  States* states_of(const Segment& segment) const {
+    const auto found = states_.find(segment.first);
+    return found == states_.end() ? nullptr : found->second.get();
+  }
+  void adopt_states(std::unique_ptr<States> states) { states_[states->segment->first] = std::move(states); }
+  void remove_states(const Segment& segment) {
+    if (States* states = states_of(segment)) states->file.remove();
+    states_.erase(segment.first);
+  }
+  Status add_states(Segment& segment, uint32_t finished_below) {
+    auto states = std::make_unique<States>(bounded ? std::string() : topic.log.path(name, segment.first, ".state"), segment);
+    Status status = states->file.create(broker_.storage);
+    if (!status.ok()) return status;
+    states->finish(0, finished_below);
+    for (uint32_t i : segment.damaged) states->finish(i, i + 1);
+    FileHeader::write(states->file, States::kMagic, segment.first, segment.capacity());
+    states->file.touch(broker_.storage);
+    adopt_states(std::move(states));
+    return status;
+  }
+
+  /// A sealed segment whose messages are all finished is not needed any more.
+  void segment_sealed(Segment& segment) {
+    States* states = states_of(segment);
+    if (states != nullptr && states->finished == segment.count) drop(*states);
+  }
+
+  /// The topic was emptied of what it had not handed over yet.
+  void skip_undistributed(uint64_t from) {
+    skip_to_end(from);
+    counted_from_ += topic.distributed() - from;
+  }
+
+  /// Gives back the memory of states that are not looked at now.
+  void cool() {
+    for (auto& [first, states] : states_)
+      if (states->held == 0 && states.get() != at_ && states->segment->sealed) states->file.close();
+  }
+
+  /// Takes up its place after a restart: what was delivered before and not finished comes first, with its attempts; what was
+  /// put off waits for its time; the cursor is at the first message never delivered.
+  void resume(size_t due_book_size) {
+    const auto due = due_book_.load_entries(due_book_size);
+    std::vector<States*> done;
+    bool found = false;
+    uint64_t expected = 0;
+    counted_from_ = cursor_ = topic.distributed();
+    for (auto& [first, states] : states_) {
+      Segment& segment = *states->segment;
+      if (!open({states.get(), 0}).ok()) throw std::runtime_error(text("cannot map ", states->file.path(), " and its segment"));
+      if (found) aside_ += static_cast<int64_t>(first - expected);
+      expected = segment.end();
+      states->clean_up();
+      const auto handed = static_cast<uint32_t>(std::clamp(topic.distributed(), first, segment.end()) - first);
+      for (uint32_t i = 0; i < handed; ++i) {
+        const uint16_t state = states->get(i);
+        const bool waiting = state == 0 && !segment.deferred(i);
+        if (waiting && !found) cursor_ = first + i;
+        found = found || waiting;
+        if (waiting) continue;
+        if (found) ++aside_;
+        if (state != States::kFinished) take_up({states.get(), i}, due);
+      }
+      if (segment.sealed && states->finished == segment.count) done.push_back(states.get());
+      if (states->held == 0) states->file.close();
+    }
+    for (States* states : done) drop(*states);
+  }
+
+ private:
+  struct Requeued {
+    Place place;
+    uint64_t behind;  // goes out when the cursor has passed this number: its turn in the queue
+  };
+  struct Deferred {
+    int64_t due;  // monotonic
+    Place place;
+    bool operator<(const Deferred& other) const { return due > other.due; }  // the heap's top is the earliest
+  };
+
+  // ---- messages in flight ----------------------------------------------------------------------------------------------
+
+  uint32_t owned(Consumer& consumer, const MessageId& id, std::string_view& why) {
+    const uint32_t which = in_flight_.find(id);
+    if (which == InFlight::kNone) why = "ID not in flight";
+    else if (in_flight_[which].owner != &consumer) why = "client does not own message";
+    return why.empty() ? which : InFlight::kNone;
+  }
+
+  void hold(Consumer& consumer, const Place& place, const char* frame) {
+    const uint16_t attempts = place.states->get(place.index);
+    place.states->set(place.index, std::min<uint16_t>(static_cast<uint16_t>(attempts + 1), States::kMost));
+    ++place.states->held;
+    const uint32_t which = in_flight_.insert(Segment::id_of(frame));
+    Held& held = in_flight_[which];
+    held.states = place.states;
+    held.index = place.index;
+    held.owner = &consumer;
+    held.delivered_at = broker_.now.steady;
+    held.deadline = saturating_add(held.delivered_at, consumer.msg_timeout);
+    link(which);
+    ++consumer.in_flight;
+    ++consumer.delivered;
+  }
+
+  Place let_go(uint32_t which) {
+    const Place place{in_flight_[which].states, in_flight_[which].index};
+    unlink(which);
+    --in_flight_[which].owner->in_flight;
+    in_flight_.erase(which);
+    --place.states->held;
+    return place;
+  }
+
+  /// Puts a message in flight into its owner's list by its deadline: nearly always at the end.
+  void link(uint32_t which) {
+    Held& held = in_flight_[which];
+    Consumer& owner = *held.owner;
+    uint32_t after = owner.newest;
+    while (after != InFlight::kNone && in_flight_[after].deadline > held.deadline) after = in_flight_[after].earlier;
+    held.earlier = after;
+    held.later = after == InFlight::kNone ? owner.oldest : in_flight_[after].later;
+    (held.earlier == InFlight::kNone ? owner.oldest : in_flight_[held.earlier].later) = which;
+    (held.later == InFlight::kNone ? owner.newest : in_flight_[held.later].earlier) = which;
+    if (owner.timer.due() > held.deadline) owner.timer.set(held.deadline);  // an earlier one looks at the list when it fires
+  }
+  void unlink(uint32_t which) {
+    const Held& held = in_flight_[which];
+    (held.earlier == InFlight::kNone ? held.owner->oldest : in_flight_[held.earlier].later) = held.later;
+    (held.later == InFlight::kNone ? held.owner->newest : in_flight_[held.later].earlier) = held.earlier;
+  }
+
+  void expire(Consumer& consumer) {
+    while (consumer.oldest != InFlight::kNone && in_flight_[consumer.oldest].deadline <= broker_.now.steady) {
+      ++timeout_count;
+      put_back(let_go(consumer.oldest));
+    }
+    if (consumer.oldest != InFlight::kNone) consumer.timer.set(in_flight_[consumer.oldest].deadline);
+    if (consumer.port != nullptr) return consider(consumer);
+    auto found = std::find_if(orphans_.begin(), orphans_.end(), [&](const auto& c) { return c.get() == &consumer; });
+    if (consumer.in_flight == 0) orphans_.erase(found);
+  }
+
+  // ---- requeued and deferred messages ----------------------------------------------------------------------------------
+
+  /// Behind everything that waits, as nsqd does it.
+  void put_back(const Place& place) {
+    ++place.states->held;
+    requeued_.push_back({place, topic.distributed()});
+    broker_.touch(topic);
+  }
+
+  void put_off(const Place& place, int64_t delay) {
+    const Now& now = broker_.now;
+    push_deferred(place, saturating_add(now.steady, delay));
+    const Status status = due_book_.add({place.number(), saturating_add(now.wall, delay)}, broker_.storage, [&] {
+      std::vector<DueBook::Entry> live;
+      for (const Deferred& deferred : deferred_) live.emplace_back(deferred.place.number(), saturating_add(deferred.due, now.wall - now.steady));
+      return live;
+    });
+    if (!status.ok()) broker_.logger.say(Level::kError, "CHANNEL(", name, "): a delay would not survive a restart - ", status.error);
+  }
+
+  /// The monotonic time of a due time by the wall clock, within the bounds that a delay has.
+  int64_t steady(int64_t due_wall) const {
+    const int64_t most = broker_.options.max_req_timeout.count();
+    return saturating_add(broker_.now.steady, due_wall <= broker_.now.wall ? 0 : std::min(due_wall - broker_.now.wall, most));
+  }
+
+  void push_deferred(const Place& place, int64_t due) {
+    ++place.states->held;
+    deferred_.push_back({due, place});
+    std::push_heap(deferred_.begin(), deferred_.end());
+    deferred_timer_.set(deferred_.front().due);
+  }
+
+  void release_due() {
+    while (!deferred_.empty() && deferred_.front().due <= broker_.now.steady) {
+      std::pop_heap(deferred_.begin(), deferred_.end());
+      const Place place = deferred_.back().place;
+      deferred_.pop_back();
+      --place.states->held;
+      put_back(place);
+    }
+    if (deferred_.empty()) due_book_.clear();
+    else deferred_timer_.set(deferred_.front().due);
+  }
+
+  /// A message that an earlier process had delivered, or was published with a delay.
+  void take_up(const Place& place, const std::unordered_map<uint64_t, int64_t>& due) {
+    const Segment& segment = *place.states->segment;
+    const auto entry = due.find(place.number());
+    const int64_t due_wall = entry != due.end() ? entry->second : segment.deferred(place.index) ? segment.due_of(place.index) : 0;
+    if (due_wall > broker_.now.wall) return push_deferred(place, steady(due_wall));
+    ++place.states->held;
+    requeued_.push_back({place, 0});
+  }
+
+  // ---- delivery --------------------------------------------------------------------------------------------------------
+
+  /// Maps what a message needs to be looked at.
+  static Status open(const Place& place) {
+    Status status = place.states->file.open();
+    return status.ok() ? place.states->segment->file.open() : status;
+  }
+  static int64_t frame_timestamp(const Place& place) { return static_cast<int64_t>(get_be<uint64_t>(place.states->segment->frame(place.index) + 8)); }
+
+  /// Moves the cursor to the next message that waits; false when there is none, or when its files cannot be read now.
+  bool find_waiting() {
+    const uint64_t end = topic.distributed();
+    while (cursor_ < end) {
+      if ((at_ == nullptr || cursor_ >= at_->segment->end()) && !enter_next()) return false;
+      const Status status = open({at_, 0});
+      if (!status.ok()) broker_.logger.say(Level::kError, "CHANNEL(", name, "): cannot read - ", status.error);
+      if (!status.ok()) return false;
+      const Segment& segment = *at_->segment;
+      const auto limit = static_cast<uint32_t>(std::min(end, segment.end()) - segment.first);
+      for (auto i = static_cast<uint32_t>(cursor_ - segment.first); i < limit; ++i, ++cursor_, --aside_)
+        if (at_->get(i) == 0 && !segment.deferred(i)) return true;
+    }
+    return false;
+  }
+
+  /// Takes the cursor into the segment of its number, or of the next one that there is.
+  bool enter_next() {
+    auto next = states_.upper_bound(cursor_);
+    if (next != states_.begin() && std::prev(next)->second->segment->end() > cursor_) --next;
+    if (next == states_.end()) return false;
+    if (next->first > cursor_) {  // what lay between is gone
+      aside_ -= static_cast<int64_t>(next->first - cursor_);
+      cursor_ = next->first;
+    }
+    leave();
+    at_ = next->second.get();
+    ++at_->segment->cursors;
+    return true;
+  }
+  void leave() {
+    if (at_ == nullptr) return;
+    --at_->segment->cursors;
+    at_ = nullptr;
+    broker_.cool_later(topic);
+  }
+
+  /// How many messages it took from the queue for this consumer; 0 when none waits.
+  size_t deliver(Consumer& consumer, size_t most) {
+    const bool any = find_waiting();
+    if (requeued_.empty() || (any && requeued_.front().behind > cursor_)) return any ? deliver_run(consumer, most) : 0;
+    const Place place = requeued_.front().place;
+    if (!open(place).ok()) return 0;
+    requeued_.pop_front();
+    --place.states->held;
+    broker_.cool_later(topic);
+    if (sampled_out(consumer)) {
+      finish(place);
+    } else {
+      deliver_again(consumer, place);
+    }
+    return 1;
+  }
+
+  /// A copy of the frame with the number of this attempt; it stops at 65535, where nsqd would begin again at 0.
+  void deliver_again(Consumer& consumer, const Place& place) {
+    const char* frame = place.states->segment->frame(place.index);
+    std::string copy(frame, Segment::frame_size(frame));
+    put_be(&copy[16], static_cast<uint16_t>(place.states->get(place.index) + 1));
+    hold(consumer, place, frame);
+    consumer.port->out.append(copy);
+    consumer.port->attend();
+    count_locality(*consumer.info, 1);
+  }
+
+  /// First deliveries, straight from the segment: neighbours go out as one piece of memory.
+  size_t deliver_run(Consumer& consumer, size_t most) {
+    States& states = *at_;
+    const Segment& segment = *states.segment;
+    const auto begin = static_cast<uint32_t>(cursor_ - segment.first);
+    uint64_t last = std::min({topic.distributed(), segment.end(), cursor_ + most, cursor_ + static_cast<uint64_t>(consumer.rdy - consumer.in_flight)});
+    if (!requeued_.empty()) last = std::min(last, requeued_.front().behind);
+    const auto end = static_cast<uint32_t>(last - segment.first);
+    const char* run = segment.frame(begin);
+    const char* run_end = run;
+    uint32_t i = begin;
+    for (; i < end && static_cast<size_t>(run_end - run) < Consumer::kMostOutput; ++i) {
+      if (states.get(i) != 0 || segment.deferred(i)) break;
+      if (sampled_out(consumer)) {
+        if (i > begin) break;  // a run has no holes: the next one begins with this message
+        ++cursor_;
+        finish({&states, i});
+        return 1;
+      }
+      const char* frame = segment.frame(i);
+      hold(consumer, {&states, i}, frame);
+      run_end = frame + Segment::frame_size(frame);
+    }
+    cursor_ += i - begin;
+    states.file.touch(broker_.storage);
+    consumer.port->out.append_mapped(run, static_cast<size_t>(run_end - run));
+    consumer.port->attend();
+    count_locality(*consumer.info, i - begin);
+    return i - begin;
+  }
+
+  /// sample_rate r passes (r + 1) % and destroys the rest, for the whole channel, as nsqd 1.3.0 does.
+  bool sampled_out(const Consumer& consumer) {
+    if (consumer.sample_rate == 0) return false;
+    dice_ ^= dice_ << 13;  // xorshift: even enough for this
+    dice_ ^= dice_ >> 17;
+    dice_ ^= dice_ << 5;
+    return static_cast<int>(dice_ % 100) > consumer.sample_rate;
+  }
+  void count_locality(const ClientInfo& info, size_t messages) {
+    (info.zone_local ? zone_local_count : info.region_local ? region_local_count : global_count) += messages;
+  }
+
+  // ---- the end of a message --------------------------------------------------------------------------------------------
+
+  void finish(const Place& place) {
+    States& states = *place.states;
+    if (!states.file.open().ok()) return;  // it will come again after a restart
+    states.set(place.index, States::kFinished);
+    states.file.touch(broker_.storage);
+    ++broker_.storage.operations;
+    if (++states.finished < states.segment->count) return;
+    if (states.segment->sealed) drop(states);
+    else if (states.segment->file.size() > kWarmSegment) topic.retire_drained_tail();
+  }
+
+  /// This channel needs the segment no more.
+  void drop(States& states) {
+    Segment& segment = *states.segment;
+    if (cursor_ >= segment.first && cursor_ < segment.end()) {
+      aside_ -= static_cast<int64_t>(segment.end() - cursor_);
+      cursor_ = segment.end();
+    }
+    if (at_ == &states) leave();
+    states.file.remove();
+    states_.erase(segment.first);
+    topic.release_if_done(segment);
+  }
+
+  /// Finishes all messages in [from, distributed).
+  void skip_to_end(uint64_t from) {
+    const uint64_t end = topic.distributed();
+    std::vector<States*> done;
+    for (auto& [first, states] : states_) {
+      Segment& segment = *states->segment;
+      if (end <= first || segment.end() <= from || !states->file.open().ok()) continue;
+      states->finish(static_cast<uint32_t>(std::max(from, first) - first), static_cast<uint32_t>(std::min(end, segment.end()) - first));
+      states->file.touch(broker_.storage);
+      if (segment.sealed && states->finished == segment.count) done.push_back(states.get());
+    }
+    if (cursor_ >= from) {
+      leave();
+      cursor_ = end;
+      aside_ = 0;
+    } else {
+      aside_ += static_cast<int64_t>(end - from);
+    }
+    for (States* states : done) drop(*states);
+    broker_.cool_later(topic);
+  }
+
+  Broker& broker_;
+  std::map<uint64_t, std::unique_ptr<States>> states_;  // by the number of the segment's first message
+  uint64_t cursor_;          // number of the next message never yet delivered
+  States* at_ = nullptr;     // those that the cursor is in, once it was looked up
+  int64_t aside_ = 0;
+  uint64_t counted_from_;    // message_count is distributed - counted_from
+  InFlight in_flight_;
+  std::deque<Requeued> requeued_;
+  std::vector<Deferred> deferred_;
+  Timer deferred_timer_;
+  DueBook due_book_;
+  std::deque<Consumer*> ready_;  // those that can take a message, the one that waited longest first
+  std::vector<std::unique_ptr<Consumer>> orphans_;  // without a client, until what they had in flight has timed out
+  uint32_t dice_ = 2463534242u;
+};
 
 // ---- Topic -----------------------------------------------------------------------------------------------------------
 
@@ -2794,11 +2737,11 @@ inline void Topic::hand_over_imported() {
   if (!flows()) mark_segments();
 }
 
-inline void Topic::resume() {
+inline void Topic::complete_states() {
   for (auto& segment : log.segments) {
     if (segment->end() <= distributed_ && segment.get() != log.tail()) continue;
     for (auto& [channel_name, channel] : channels) {
-      if (channel->has_states(*segment)) continue;
+      if (channel->states_of(*segment) != nullptr) continue;
       const auto finished = static_cast<uint32_t>(std::clamp(distributed_, segment->first, segment->end()) - segment->first);
       const Status status = channel->add_states(*segment, finished);
       if (!status.ok()) throw std::runtime_error(text("failed to make the files of a channel - ", status.error));
@@ -2807,12 +2750,6 @@ inline void Topic::resume() {
 }
 
 // ---- Broker ----------------------------------------------------------------------------------------------------------
-
-inline Broker::Broker(const Options& opts, Logger& log, const std::string& directory) : options(opts), logger(log), ids(opts.node_id) {
-  storage.directory = directory;
-  storage.logger = &log;
-  storage.largest_segment = static_cast<size_t>(std::clamp<int64_t>(opts.max_bytes_per_file, 4096, kLargestSegment)) / 4096 * 4096;
-}
 
 inline Topic* Broker::find(std::string_view topic) {
   auto found = topics.find(topic);
@@ -2832,7 +2769,7 @@ inline void Broker::delete_topic(Topic& topic) {
   topic.close(true);
   auto gone = std::move(topics.find(topic.name)->second);
   topics.erase(topic.name);
-  for (auto* list : {&touched_topics_, &cooling_}) list->erase(std::remove(list->begin(), list->end(), gone.get()), list->end());
+  for (auto* list : {&touched_, &cooling_}) list->erase(std::remove(list->begin(), list->end(), gone.get()), list->end());
   for (auto& [name, channel] : gone->channels) changed(*gone, channel.get(), false);
   changed(*gone, nullptr, false);
 }
@@ -2845,7 +2782,7 @@ inline void Broker::changed(const Topic& topic, const Channel* channel, bool cre
 inline void Broker::touch(Topic& topic) {
   if (topic.touched) return;
   topic.touched = true;
-  touched_topics_.push_back(&topic);
+  touched_.push_back(&topic);
 }
 
 inline void Broker::cool_later(Topic& topic) {
@@ -2855,11 +2792,11 @@ inline void Broker::cool_later(Topic& topic) {
 }
 
 inline void Broker::pump() {
-  for (size_t i = 0; i < touched_topics_.size(); ++i) {
-    touched_topics_[i]->touched = false;
-    touched_topics_[i]->pump();
+  for (size_t i = 0; i < touched_.size(); ++i) {
+    touched_[i]->touched = false;
+    touched_[i]->pump();
   }
-  touched_topics_.clear();
+  touched_.clear();
 }
 
 inline void Broker::after_write() {
@@ -3054,7 +2991,7 @@ class Recovery {
   }
 
   void finish(Topic& topic) {
-    topic.resume();
+    topic.complete_states();
     for (auto& [name, channel] : topic.channels) {
       const auto book = due_books_.find(topic.name + ":" + name);
       channel->resume(book == due_books_.end() ? 0 : file_size(book->second));
@@ -6158,11 +6095,8 @@ class Engine {
         });
       });
     }
-    if (!storage.dirty.empty()) {
-      if (options_.sync_every <= 1) sync_now();
-      else if (!syncing_ && (sync_due_ || storage.operations >= static_cast<uint64_t>(options_.sync_every))) sync_later();
-      else if (sync_timer_.due() == kNever && !syncing_ && options_.sync_timeout.count() > 0) sync_timer_.set(saturating_add(broker_.now.steady, options_.sync_timeout.count()));
-    }
+    if (!storage.dirty.empty() && options_.sync_every <= 1) sync_now();
+    else if (!storage.dirty.empty() && !syncing_) consider_sync();
     for (auto& done : std::exchange(after_turn_, {})) done();
   }
 
@@ -6193,13 +6127,23 @@ class Engine {
     const auto [paths, directory] = take_dirty();
     worker_->run_and_wait([this, paths = paths, directory = directory] { broker_.storage.unsynced = sync_files(paths, directory).error; });
   }
+  /// After --sync-every operations, or --sync-timeout after the first one. Where the disk is too slow for that, syncing takes
+  /// a tenth of the time, so that it is the publishers who get the rest.
+  void consider_sync() {
+    const int64_t now = broker_.now.steady;
+    const bool many = broker_.storage.operations >= static_cast<uint64_t>(options_.sync_every);
+    if (sync_due_ || (many && now >= next_sync_)) return sync_later();
+    const int64_t in_time = options_.sync_timeout.count() > 0 ? saturating_add(now, options_.sync_timeout.count()) : kNever;
+    sync_timer_.set(std::min({sync_timer_.due(), in_time, many ? next_sync_ : kNever}));
+  }
   void sync_later() {
     syncing_ = true;
     const auto [paths, directory] = take_dirty();
-    worker_->post([this, paths = paths, directory = directory] {
+    worker_->post([this, paths = paths, directory = directory, begun = broker_.now.steady] {
       const Status status = sync_files(paths, directory);
-      loop_.post([this, status] {
+      loop_.post([this, status, begun] {
         syncing_ = false;
+        next_sync_ = broker_.now.steady + 9 * (broker_.now.steady - begun);
         if (!status.ok()) logger_.say(Level::kError, "failed to sync - ", status.error);
         broker_.storage.unsynced = status.error;
       });
@@ -6253,6 +6197,7 @@ class Engine {
   Timer sync_timer_, statsd_timer_;
   int tcp_port_ = 0, http_port_ = 0;
   bool ending_ = false;
+  int64_t next_sync_ = 0;  // not before that time
   bool writing_metadata_ = false, syncing_ = false, sync_due_ = false;
   std::vector<std::function<void()>> after_turn_;
   std::thread thread_;
@@ -6287,7 +6232,7 @@ inline std::shared_ptr<LocalConsumer> Engine::subscribe(const std::string& topic
     Channel* found = broker_.topic(topic).channel(channel, status);
     if (found == nullptr) return status.error;
     loop_.adopt(consumer);
-    found->set_ready(*found->subscribe(consumer->port, consumer->info, options_.msg_timeout, 0), max_in_flight);
+    found->set_ready(found->subscribe(consumer->port, consumer->info, options_.msg_timeout, 0), max_in_flight);
     return std::string();
   });
   if (!why.empty()) throw std::runtime_error(why);
