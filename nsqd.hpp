@@ -3835,7 +3835,7 @@ inline void V2Session::set_timer() {
   const int64_t patience = !magic_seen_ ? 2 * kDefaultHeartbeat : read_interval_ == kNever ? kNever : 2 * read_interval_;
   int64_t beat = next_heartbeat_;
   if (beat != kNever) {  // rounded up, so that the heartbeats of many clients share a turn of the loop
-    const int64_t grain = std::min(kSecond, heartbeat_interval_ / 8);
+    const int64_t grain = heartbeat_interval_ < 8 * kSecond ? kSecond / 4 : kSecond;
     beat = (beat + grain - 1) / grain * grain;
   }
   timer_.set(std::min(beat, patience == kNever ? kNever : last_command_ + patience));
@@ -5536,7 +5536,7 @@ class Loop {
   static constexpr size_t kReadSize = size_t{1} << 17;     // bytes per read
   static constexpr size_t kMostUnread = size_t{4} << 20;   // of output: above it the client is not read from
   static constexpr int64_t kLinger = 2 * kSecond;          // for a client to read its last error before the connection goes
-  static constexpr int64_t kHotFor = 20 * kMillisecond;    // a connection stays among the busy ones
+  static constexpr size_t kFewIdle = 64;                   // that it does no harm to look at each time
 
   struct Silence : Session {  // in the place of a session that has ended
     size_t feed(std::string_view input) override { return input.size(); }
@@ -5560,27 +5560,28 @@ class Loop {
 
   // ---- waiting ---------------------------------------------------------------------------------------------------------
 
-  /// Sleeps until a socket is ready or a timer is due. poll(2) costs time for each descriptor that it looks at, so while
-  /// there is work among the busy connections, the idle ones are looked at in a share of the time only.
+  /// Sleeps until a socket is ready or a timer is due. poll(2) costs time for each descriptor that it looks at, so while some
+  /// connections are busy and many are not, it looks at the busy ones, and at all of them in a tenth of the time only.
   void wait() {
-    const size_t idle = fds_.size() - hot_end_;
+    const bool many_idle = fds_.size() - hot_end_ > kFewIdle && hot_end_ > 1 + listeners_.size();
+    if (!many_idle || broker_.now.steady >= next_look_ || !poll(hot_end_, next_look_)) {
+      const int64_t begun = broker_.now.steady;
+      poll(fds_.size(), many_idle ? 0 : kNever);
+      const int64_t pause = std::clamp(9 * (broker_.now.steady - begun), kMillisecond, 20 * kMillisecond);
+      if (many_idle) next_look_ = broker_.now.steady + pause;
+      cool_down(5 * pause);
+    }
+  }
+
+  /// Waits for one of the first `count` descriptors until `until`, or the next timer if that is sooner.
+  bool poll(size_t count, int64_t until) {
+    const int64_t left = std::min(until, broker_.timers.next()) - broker_.now.steady;
     const bool work = !attended_.empty() || broker_.has_work();
-    ready_ = 0;
-    if (busy_ && idle > 64 && broker_.now.steady - looked_at_all_ < static_cast<int64_t>(idle) * 200) {
-      polled_ = hot_end_;
-      ready_ = ::poll(fds_.data(), polled_, 0);
-    }
-    if (ready_ <= 0) {
-      read_clocks();
-      const int64_t left = broker_.timers.next() == kNever ? kNever : std::max<int64_t>(0, broker_.timers.next() - broker_.now.steady);
-      const int64_t ms = left == kNever ? -1 : std::min<int64_t>((left + kMillisecond - 1) / kMillisecond, 3600 * 1000);
-      polled_ = fds_.size();
-      ready_ = ::poll(fds_.data(), polled_, work ? 0 : static_cast<int>(ms));
-      looked_at_all_ = broker_.now.steady;
-    }
+    const int64_t ms = std::min<int64_t>((std::max<int64_t>(left, 0) + kMillisecond - 1) / kMillisecond, 3600 * 1000);
+    polled_ = count;
+    ready_ = ::poll(fds_.data(), count, work ? 0 : until == kNever && broker_.timers.next() == kNever ? -1 : static_cast<int>(ms));
     read_clocks();
-    if (polled_ == fds_.size()) cool_down();
-    busy_ = ready_ > 0;
+    return ready_ > 0;
   }
 
   void swap_slots(size_t a, size_t b) {
@@ -5590,13 +5591,14 @@ class Loop {
     entries_[a]->slot = a;
     entries_[b]->slot = b;
   }
+  /// Something has arrived; twice within a moment makes a connection a busy one.
   void warm_up(Connection* connection) {
-    connection->active = broker_.now.steady;
-    if (connection->slot >= hot_end_) swap_slots(connection->slot, hot_end_++);
+    const bool again = broker_.now.steady - std::exchange(connection->active, broker_.now.steady) < 5 * kMillisecond;
+    if (again && connection->slot >= hot_end_) swap_slots(connection->slot, hot_end_++);
   }
-  void cool_down() {  // not those that were found ready: their events are still to be looked at in place
+  void cool_down(int64_t after) {
     for (size_t i = hot_end_; i-- > 1 + listeners_.size();)
-      if (broker_.now.steady - entries_[i]->active > kHotFor) swap_slots(i, --hot_end_);
+      if (broker_.now.steady - entries_[i]->active > after) swap_slots(i, --hot_end_);
   }
 
   // ---- connections -----------------------------------------------------------------------------------------------------
@@ -5606,7 +5608,6 @@ class Loop {
     Connection* connection = made.get();
     connection->fd = std::move(fd);
     connection->session = std::move(session);
-    connection->active = broker_.now.steady;
     connection->session->port.attend = [this, connection] { attend(connection); };
     all_.insert(std::move(made));
     if (connection->fd) enlist(connection);
@@ -5858,8 +5859,7 @@ class Loop {
   size_t hot_end_ = 1;
   size_t polled_ = 0;  // descriptors that the last poll looked at
   int ready_ = 0;      // and those that it found
-  bool busy_ = false;
-  int64_t looked_at_all_ = 0;
+  int64_t next_look_ = 0;  // at all descriptors, while some are busy
   std::vector<std::pair<Connection*, short>> ready_list_;
   std::vector<Connection*> attended_, writing_, closed_;
   std::mutex mutex_;

@@ -309,10 +309,11 @@ uint64_t from_be(std::string_view bytes) {
 class Socket {
  public:
   explicit Socket(int fd) : fd_(fd) {}
-  Socket(Socket&& other) noexcept : fd_(std::exchange(other.fd_, -1)), in_(std::move(other.in_)) {}
+  Socket(Socket&& other) noexcept : fd_(std::exchange(other.fd_, -1)), in_(std::move(other.in_)), head_(other.head_) {}
   Socket& operator=(Socket&& other) noexcept {
     std::swap(fd_, other.fd_);
     in_.swap(other.in_);
+    std::swap(head_, other.head_);
     return *this;
   }
   ~Socket() { close(); }
@@ -344,32 +345,33 @@ class Socket {
 
   // Makes at least `n` bytes readable; false when none come within the time. Fails when the other side closed.
   bool have(size_t n, std::chrono::milliseconds limit, int line) {
-    while (in_.size() < n) {
+    while (buffered() < n) {
       const int more = fill(limit);
-      if (more == 0) fail(line, "closed by the other side, after " + show(in_));
+      if (more == 0) fail(line, "closed by the other side, after " + show(peek(0, buffered())));
       if (more < 0) return false;
     }
     return true;
   }
   std::string take(size_t n, int line = __builtin_LINE()) {
-    if (!have(n, patience(), line)) fail(line, "wanted " + std::to_string(n) + " bytes, only got " + show(in_));
-    std::string out = in_.substr(0, n);
-    in_.erase(0, n);
+    if (!have(n, patience(), line))
+      fail(line, "wanted " + std::to_string(n) + " bytes, only got " + show(peek(0, buffered())));
+    std::string out(peek(0, n));
+    drop(n);
     return out;
   }
   std::string take_line(int line = __builtin_LINE()) {
     size_t end;
-    while ((end = in_.find('\n')) == std::string::npos) {
-      if (!have(in_.size() + 1, patience(), line)) fail(line, "wanted a line, only got " + show(in_));
+    while ((end = in_.find('\n', head_)) == std::string::npos) {
+      if (!have(buffered() + 1, patience(), line)) fail(line, "wanted a line, only got " + show(peek(0, buffered())));
     }
-    return take(end + 1);
+    return take(end + 1 - head_);
   }
   // All until the other side closes.
   std::string take_rest(int line = __builtin_LINE()) {
     int more;
     while ((more = fill(patience())) > 0) continue;
-    if (more < 0) fail(line, "was not closed, after " + show(in_));
-    return std::exchange(in_, "");
+    if (more < 0) fail(line, "was not closed, after " + show(peek(0, buffered())));
+    return take(buffered());
   }
   bool closed() { return take_rest().empty(); }
 
@@ -386,13 +388,17 @@ class Socket {
     if (n > 0) in_.append(buffer, static_cast<size_t>(n));
     return n > 0 ? static_cast<int>(n) : 0;
   }
-  size_t buffered() const { return in_.size(); }
-  std::string_view peek(size_t at, size_t n) const { return std::string_view(in_).substr(at, n); }
-  void drop(size_t n) { in_.erase(0, n); }
+  size_t buffered() const { return in_.size() - head_; }
+  std::string_view peek(size_t at, size_t n) const { return std::string_view(in_).substr(head_ + at, n); }
+  void drop(size_t n) {
+    head_ += n;
+    if (head_ > in_.size() / 2) in_.erase(0, std::exchange(head_, 0));
+  }
 
  private:
   int fd_;
   std::string in_;
+  size_t head_ = 0;  // what is before it was taken already
 };
 
 sockaddr_in loopback(int port) {
@@ -800,21 +806,24 @@ int64_t topic_count(const Ports& daemon, const std::string& topic, const std::st
 std::vector<Message> drain(const Ports& daemon, const std::string& topic, const std::string& channel,
                            int line = __builtin_LINE()) {
   Client consumer(daemon);
+  consumer.identify("{\"msg_timeout\":60000}", line);
   consumer.sub(topic, channel, 2500, line);
   std::vector<Message> out;
-  const auto end = Clock::now() + 2 * patience();
-  for (;;) {
-    if (auto message = consumer.try_message(20ms, line)) {
-      consumer.fin(*message);
+  std::string fins;
+  for (const auto end = Clock::now() + 2 * patience(); Clock::now() < end;) {
+    auto message = consumer.try_message(fins.empty() ? 20ms : 0ms, line);
+    if (message) {
+      fins += "FIN " + message->id + "\n";
       out.push_back(std::move(*message));
-      continue;
     }
+    if (!message || fins.size() > 4000) consumer.send(std::exchange(fins, ""));
+    if (message || !fins.empty()) continue;
     int64_t left = 0;
     for (const char* key : {"depth", "in_flight_count", "deferred_count"})
       left += channel_count(daemon, topic, channel, key);
     if (left == 0) return out;
-    if (Clock::now() > end) fail(line, topic + ":" + channel + " never gets empty");
   }
+  fail(line, topic + ":" + channel + " never gets empty");
 }
 
 Strings bodies_of(const std::vector<Message>& messages) {
@@ -841,11 +850,19 @@ int64_t ms_since(Clock::time_point start) {
   return std::chrono::duration_cast<std::chrono::milliseconds>(Clock::now() - start).count();
 }
 
-// A number from /proc/<pid>/status, such as RssAnon in kB; -1 where there is none.
+// A number from /proc/<pid>/status; -1 where there is none.
 int64_t proc_status(pid_t pid, const std::string& key) {
   const std::string text = read_file("/proc/" + std::to_string(pid) + "/status");
   const size_t at = text.find("\n" + key + ":");
   return at == std::string::npos ? -1 : std::atoll(text.c_str() + at + key.size() + 2);
+}
+
+// Memory of its own that the daemon uses, in kB; 0 where that cannot be told, as under a sanitizer, which has its own.
+int64_t memory_kb(const Process& d) {
+  return proc_status(d.pid(), "VmSize") > int64_t{1} << 30 ? 0 : std::max<int64_t>(proc_status(d.pid(), "RssAnon"), 0);
+}
+void needs_memory_figures(const Process& d) {
+  if (memory_kb(d) == 0) throw Skipped("what memory the daemon uses cannot be told here");
 }
 
 // =====================================================================================================================
@@ -874,7 +891,7 @@ struct Diary : nsqd::Service {
 };
 
 int run_service(nsqd::Service& service) {
-  const char* const arguments[] = {"service", "--flag", nullptr};
+  static const char* const arguments[] = {"service", "--flag", nullptr};
   return nsqd::run(service, 2, arguments);
 }
 
@@ -1196,6 +1213,8 @@ TEST(a_deleted_topic_or_channel_stays_deleted_with_all_it_held) {
   post(d, "/channel/delete?topic=t&channel=goes");
   post(d, "/topic/delete?topic=u");
   for (const char* part : {"u.", "u:", ":goes"}) EVENTUALLY(files(d.data_path, part).empty());
+  for (const char* name : {"\"u\"", "\"goes\""})
+    EVENTUALLY(read_file(d.data_path + "/nsqd.dat").find(name) == std::string::npos);
   d.restart();
   CHECK_EQ(channel_count(d, "t", "stays", "depth"), 100);
   CHECK_EQ(channel_count(d, "t", "goes", "depth"), -1);
@@ -1712,7 +1731,7 @@ TEST(a_sample_rate_passes_about_that_share) {
   Client(d).mpub("t", Strings(4000, "x"));
   EVENTUALLY(channel_count(d, "t", "c", "depth") == 0);
   const int64_t taken = channel_count(d, "t", "c", "in_flight_count");
-  CHECK(taken > 1000 && taken < 1400);  // 30 % of 4,000, give or take seven standard deviations
+  CHECK_EQ(taken < 1000 || taken > 1400 ? taken : 1200, 1200);  // 30 % of 4,000, give or take seven standard deviations
 }
 
 TEST(a_limit_on_consumers_is_kept) {
@@ -2056,18 +2075,18 @@ TEST(one_message_that_is_never_finished_holds_only_its_own_segment) {
 }
 
 TEST(a_backlog_does_not_stay_in_memory) {
-  Process d({"--max-bytes-per-file=4194304"});
+  Process d({"--max-bytes-per-file=1048576"});
   Client client(d);
   create_channel(d, "t", "c");
-  if (proc_status(d.pid(), "RssAnon") < 0) throw Skipped("no /proc/<pid>/status here");
-  const int64_t before = proc_status(d.pid(), "RssAnon");
-  for (int i = 0; i < 60; i++) client.mpub("t", Strings(5000, std::string(200, 'x')));
-  CHECK_EQ(channel_count(d, "t", "c", "depth"), 300000);
-  EVENTUALLY(channel_count(d, "t", "c", "backend_depth") > 100000);
-  CHECK(proc_status(d.pid(), "RssAnon") - before < 20000);
-  CHECK(proc_status(d.pid(), "RssFile") < 40000);
+  needs_memory_figures(d);
+  const int64_t before = memory_kb(d);
+  for (int i = 0; i < 20; i++) client.mpub("t", Strings(5000, std::string(200, 'x')));
+  CHECK_EQ(channel_count(d, "t", "c", "depth"), 100000);
+  EVENTUALLY(channel_count(d, "t", "c", "backend_depth") > 50000);
+  CHECK(memory_kb(d) - before < 6000);
+  CHECK(proc_status(d.pid(), "RssFile") < 15000);
   d.restart();
-  CHECK_EQ(drain(d, "t", "c").size(), 300000U);
+  CHECK_EQ(drain(d, "t", "c").size(), 100000U);
 }
 
 TEST(files_that_are_not_its_own_are_left_alone) {
@@ -2327,6 +2346,19 @@ TEST(a_segment_that_was_cut_or_overwritten_is_refused_or_read_but_never_spoilt) 
   delivered_from(stored, stored.segment, stored.bytes + std::string(4096, 'x'));
   const auto cut = delivered_from(stored, stored.segment, stored.bytes.substr(0, stored.bytes.size() - 4096));
   CHECK(!cut);
+}
+
+TEST(a_file_whose_making_was_cut_short_is_no_trouble) {
+  const Stored stored = store_messages();
+  std::string next = std::to_string(std::stoull(stored.segment.substr(2, 20)) + kMessages);
+  next.insert(0, 20 - next.size(), '0');
+  for (const size_t size : {size_t{0}, size_t{1}, size_t{4096}, stored.bytes.size()}) {
+    for (const auto& name : {"t." + next + ".segment", "t:c." + next + ".state"}) {
+      const auto got = delivered_from(stored, name, std::string(size, '\0'));
+      if (!got || got->size() != kMessages)
+        fail(__LINE__, name + " with " + std::to_string(size) + " zeros is refused");
+    }
+  }
 }
 
 TEST(files_of_a_later_version_are_refused_and_left_as_they_are) {
@@ -2594,11 +2626,12 @@ std::string disk_record(const std::string& id, int64_t timestamp, int attempts, 
   return be32(26 + body.size()) + be(static_cast<uint64_t>(timestamp), 8) + be(static_cast<uint64_t>(attempts), 2) +
          id + body;
 }
+// Records whose id, timestamp and attempts follow from their number. A topic's own have been delivered to nobody yet.
 std::string disk_records(const std::string& prefix, int from, int to) {
   std::string out;
   for (int i = from; i < to; i++) {
-    const std::string number = std::to_string(i);
-    out += disk_record(std::string(16 - number.size(), '0') + number, 1700000000000000000 + i, i % 3, prefix + number);
+    const std::string number = std::to_string(i), id = std::string(16 - number.size(), '0') + number;
+    out += disk_record(id, 1700000000000000000 + i, prefix == "topic" ? 0 : i % 3, prefix + number);
   }
   return out;
 }
@@ -2619,7 +2652,7 @@ void check_imported(const std::vector<Message>& messages, const std::string& pre
   for (const auto& message : messages) {
     const int64_t i = std::atoll(message.id.c_str());
     check_eq(message.timestamp, 1700000000000000000 + i, "the timestamp", line);
-    check_eq(message.attempts, i % 3 + 1, "the attempts", line);
+    check_eq(message.attempts, prefix == "topic" ? 1 : i % 3 + 1, "the attempts", line);
     check_eq(message.body, prefix + std::to_string(i), "the id", line);
   }
 }
@@ -2630,7 +2663,7 @@ TEST(the_queues_of_a_stopped_nsqd_are_taken_over_once) {
   write_nsqd_dat(data);
   write_file(data + "/t:c.diskqueue.000000.dat", records);
   write_metadata(data, "t:c", 17, consumed.size(), 0, records.size());
-  const std::string waiting = disk_records("w", 0, 5);
+  const std::string waiting = disk_records("topic", 0, 5);
   write_file(data + "/waits.diskqueue.000000.dat", waiting);  // a topic without channels
   write_metadata(data, "waits", 5, 0, 0, waiting.size());
   std::string dat = read_file(data + "/nsqd.dat");
@@ -2642,13 +2675,13 @@ TEST(the_queues_of_a_stopped_nsqd_are_taken_over_once) {
   CHECK_EQ(files(data, "diskqueue"), Strings{});
   d.restart();
   check_imported(drain(d, "t", "c"), "m", 3, 20);
-  check_imported(drain(d, "waits", "x"), "w", 0, 5);
+  check_imported(drain(d, "waits", "x"), "topic", 0, 5);
 }
 
 TEST(a_topics_queue_goes_to_its_channels_and_a_channels_queue_to_it_alone) {
   const std::string data = folder("data");
   write_nsqd_dat(data);
-  const std::string of_topic = disk_records("t", 10, 15), of_channel = disk_records("t", 0, 10);
+  const std::string of_topic = disk_records("topic", 10, 15), of_channel = disk_records("channel", 0, 10);
   write_file(data + "/t.diskqueue.000000.dat", of_topic);
   write_metadata(data, "t", 5, 0, 0, of_topic.size());
   write_file(data + "/t:c.diskqueue.000000.dat", of_channel);
@@ -2656,7 +2689,10 @@ TEST(a_topics_queue_goes_to_its_channels_and_a_channels_queue_to_it_alone) {
   Process d;
   create_channel(d, "t", "late");
   EVENTUALLY(channel_count(d, "t", "c", "depth") == 15);
-  check_imported(drain(d, "t", "c"), "t", 0, 15);
+  auto messages = drain(d, "t", "c");
+  std::sort(messages.begin(), messages.end(), [](const Message& a, const Message& b) { return a.id < b.id; });
+  check_imported({messages.begin(), messages.begin() + 10}, "channel", 0, 10);
+  check_imported({messages.begin() + 10, messages.end()}, "topic", 10, 15);
   CHECK_EQ(channel_count(d, "t", "late", "depth"), 0);
 }
 
@@ -2786,9 +2822,9 @@ TEST(slow_and_silent_clients_delay_nobody) {
 
 TEST(a_client_that_announces_much_and_sends_little_costs_little) {
   Process d;
-  if (proc_status(d.pid(), "RssAnon") < 0) throw Skipped("no /proc/<pid>/status here");
+  needs_memory_figures(d);
   Client(d).pub("t", "x");
-  const int64_t before = proc_status(d.pid(), "RssAnon");
+  const int64_t before = memory_kb(d);
   std::vector<Client> many;
   for (int i = 0; i < 300; i++) {
     many.emplace_back(d);
@@ -2796,7 +2832,7 @@ TEST(a_client_that_announces_much_and_sends_little_costs_little) {
   }
   for (auto& one : many) one.send("x");
   Client(d).pub("t", "x");
-  CHECK(proc_status(d.pid(), "RssAnon") - before < 300 * 20 + 1024);
+  CHECK(memory_kb(d) - before < 300 * 20 + 1024);
 }
 
 TEST(a_client_that_closes_its_half_gets_all_its_answers) {
@@ -2837,7 +2873,7 @@ TEST(a_consumer_that_stops_reading_with_2500_in_flight_holds_up_nobody) {
   for (int i = 0; i < 30; i++) publisher.mpub("t", Strings(100, std::string(10000, 'x')));
   EVENTUALLY(channel_count(d, "t", "c", "in_flight_count") > 0);
   CHECK(channel_count(d, "t", "c", "in_flight_count") <= 2500);
-  if (const int64_t anon = proc_status(d.pid(), "RssAnon"); anon >= 0) CHECK(anon < 100000);
+  CHECK(memory_kb(d) < 100000);
   CHECK_EQ(drain(d, "t", "good").size(), 3000U);
   stuck.close();
   const auto messages = drain(d, "t", "c");
@@ -2853,7 +2889,7 @@ TEST(a_publisher_that_does_not_read_its_answers_is_not_read_from) {
   do sent += once = client.try_send(commands.substr(sent % 11), 500ms);
   while (once == commands.size() - (sent - once) % 11 && sent < 400000000);
   CHECK(sent < 400000000);
-  if (const int64_t anon = proc_status(d.pid(), "RssAnon"); anon >= 0) CHECK(anon < 100000);
+  CHECK(memory_kb(d) < 100000);
   client.half_close();
   for (size_t i = 0; i < sent / 11; i++) client.expect("OK");
   CHECK_EQ(topic_count(d, "t", "message_count"), static_cast<int64_t>(sent / 11));
@@ -2940,12 +2976,14 @@ std::pair<std::string, std::set<std::string>> load_consumer(const Ports& daemon,
     Client client(daemon);
     client.sub(topic, channel, 20);
     for (int i = 0; i < 300 && !over; i++) {
-      const auto message = client.try_message(100ms);
-      if (!message) break;
+      const auto frame = client.frame(100ms);
+      if (!frame) break;
+      if (frame->type == 1) continue;  // finished too late, so it comes again
+      const Message message = Client::parse(frame->data);
       n = n * 1664525 + 1013904223;
       const unsigned dice = n >> 16 & 63;
-      if (dice > 5) client.fin(*message), finished.insert(message->body);
-      else if (dice > 1) client.req(*message, dice % 2 == 0 ? 0 : 20);
+      if (dice > 5) client.fin(message), finished.insert(message.body);
+      else if (dice > 1) client.req(message, dice % 2 == 0 ? 0 : 20);
     }
   }
   return {topic + " " + channel, finished};
@@ -2988,20 +3026,21 @@ TEST(under_load_from_clients_that_come_and_go_every_channel_gets_every_message) 
 
 TEST(clients_that_come_and_go_leave_nothing_behind) {
   Process d;
-  if (proc_status(d.pid(), "RssAnon") < 0) throw Skipped("no /proc/<pid>/status here");
+  needs_memory_figures(d);
+  Client publisher(d);
   const auto come_and_go = [&](int times) {
     for (int i = 0; i < times; i++) {
       Client client(d);
       client.sub("t", "c" + std::to_string(i % 10), 10);
-      client.pub("t", "x");
+      publisher.pub("t", "x");
       client.message();
     }
-    EVENTUALLY(get(d, "/stats?format=json").find("\"remote_address\"") == std::string::npos);
+    EVENTUALLY(get(d, "/stats?format=json").find("\"client_count\":1") == std::string::npos);
     return static_cast<int64_t>(files("/proc/" + std::to_string(d.pid()) + "/fd").size());
   };
-  const int64_t descriptors = come_and_go(100), anon = proc_status(d.pid(), "RssAnon");
+  const int64_t descriptors = come_and_go(100), anon = memory_kb(d);
   CHECK_EQ(come_and_go(1000), descriptors);
-  CHECK(proc_status(d.pid(), "RssAnon") - anon < 4000);
+  CHECK(memory_kb(d) - anon < 4000);
 }
 
 // =====================================================================================================================
@@ -3351,9 +3390,9 @@ TEST(with_an_auth_server_one_may_do_what_it_grants) {
   Client unknown(d), client(d);
   unknown.command("PUB t", "x");
   unknown.expect_error("E_AUTH_FIRST AUTH required before PUB");
-  client.command("AUTH", "my secret&");
+  client.command("AUTH", "a&b%");
   CHECK_EQ(grant(server, auth_json(3600, "^t$", "\"publish\"")),
-           "GET /auth?common_name=&remote_ip=127.0.0.1&secret=my+secret%26&tls=false HTTP/1.1\r\n");
+           "GET /auth?common_name=&remote_ip=127.0.0.1&secret=a%26b%25&tls=false HTTP/1.1\r\n");
   client.expect("{\"identity\":\"me\",\"identity_url\":\"http://me\",\"permission_count\":1}");
   client.pub("t", "x");
   client.command("SUB t c");
