@@ -1848,6 +1848,11 @@ class InFlight {
   size_t used_ = 0;
 };
 
+inline bool topology_aware(const Options& options) {
+  const auto& experiments = options.enable_experiment;
+  return std::find(experiments.begin(), experiments.end(), "topology-aware-consumption") != experiments.end();
+}
+
 /// All topics, and what they share.
 class Broker {
  public:
@@ -1952,7 +1957,8 @@ class Channel {
   Channel(Topic& of, std::string channel_name)
       : topic(of), name(std::move(channel_name)), ephemeral(is_ephemeral(name)), bounded(ephemeral || !of.log.kept()), broker_(of.broker),
         cursor_(of.distributed()), counted_from_(cursor_), deferred_timer_(broker_.timers, [this] { release_due(); }),
-        due_book_(bounded ? std::string() : text(broker_.storage.directory, "/", of.name, ":", name, ".due")) {
+        due_book_(bounded ? std::string() : text(broker_.storage.directory, "/", of.name, ":", name, ".due")),
+        near_first_(topology_aware(broker_.options)) {
     if (!broker_.options.e2e_processing_latency_percentile.empty())
       latency = std::make_unique<LatencySketch>(broker_.options.e2e_processing_latency_window_time.count());
     if (bounded) of.bounded.push_back(this);
@@ -2121,6 +2127,7 @@ class Channel {
   void pump() {
     static constexpr size_t kLongestRun = 512;  // messages; long enough to be cheap, short enough to be fair
     while (broker_.serving && !paused && !ready_.empty()) {
+      if (near_first_) bring_near_one_forward();
       Consumer& consumer = *ready_.front();
       if (consumer.can_take()) {
         const size_t share = static_cast<size_t>(std::max<int64_t>(depth(), 1)) / ready_.size();
@@ -2400,20 +2407,32 @@ class Channel {
     broker_.cool_later(topic);
   }
 
+  /// With topology-aware consumption, a ready consumer in this zone comes before one in this region, and that before others.
+  void bring_near_one_forward() {
+    const auto distance = [](const Consumer* c) { return !c->can_take() ? 3 : c->info->zone_local ? 0 : c->info->region_local ? 1 : 2; };
+    const auto nearest = std::min_element(ready_.begin(), ready_.end(), [&](const Consumer* a, const Consumer* b) { return distance(a) < distance(b); });
+    std::rotate(ready_.begin(), nearest, nearest + 1);
+  }
+
   /// How many messages it took from the queue for this consumer; 0 when none waits.
   size_t deliver(Consumer& consumer, size_t most) {
     const bool any = find_waiting();
-    if (requeued_.empty() || (any && requeued_.front().behind > cursor_)) return any ? deliver_run(consumer, most) : 0;
-    const Place place = requeued_.front().place;
+    const bool first_time = any && (requeued_.empty() || requeued_.front().behind > cursor_);
+    if (!any && requeued_.empty()) return 0;
+    if (first_time && consumer.sample_rate == 0) return deliver_run(consumer, most);
+    const Place place = first_time ? Place{at_, static_cast<uint32_t>(cursor_ - at_->segment->first)} : requeued_.front().place;
     if (!open(place).ok()) return 0;
+    if (first_time && !sampled_out(consumer)) return deliver_run(consumer, 1);
+    if (first_time) {
+      ++cursor_;
+      finish(place);
+      return 1;
+    }
     requeued_.pop_front();
     --place.states->held;
     broker_.cool_later(topic);
-    if (sampled_out(consumer)) {
-      finish(place);
-    } else {
-      deliver_again(consumer, place);
-    }
+    if (sampled_out(consumer)) finish(place);
+    else deliver_again(consumer, place);
     return 1;
   }
 
@@ -2441,12 +2460,6 @@ class Channel {
     uint32_t i = begin;
     for (; i < end && static_cast<size_t>(run_end - run) < Consumer::kMostOutput; ++i) {
       if (states.get(i) != 0 || segment.deferred(i)) break;
-      if (sampled_out(consumer)) {
-        if (i > begin) break;  // a run has no holes: the next one begins with this message
-        ++cursor_;
-        finish({&states, i});
-        return 1;
-      }
       const char* frame = segment.frame(i);
       hold(consumer, {&states, i}, frame);
       run_end = frame + Segment::frame_size(frame);
@@ -2532,6 +2545,7 @@ class Channel {
   DueBook due_book_;
   std::deque<Consumer*> ready_;  // those that can take a message, the one that waited longest first
   std::vector<std::unique_ptr<Consumer>> orphans_;  // without a client, until what they had in flight has timed out
+  const bool near_first_;
   uint32_t dice_ = 2463534242u;
 };
 
@@ -2558,6 +2572,7 @@ inline Status Topic::publish(const std::string_view* bodies, size_t count, int64
     message_bytes += bodies[i].size();
   }
   log.commit();
+  if (status.ok() && log.kept()) broker.storage.full.clear();
   if (flows()) distribute();
   return status;
 }
@@ -2934,6 +2949,7 @@ class Recovery {
     for (size_t i = 0; i < firsts.size(); ++i) {
       const std::string path = topic.log.path("", firsts[i], ".segment");
       const size_t size = file_size(path);
+      if (remove_if_blank(path, size)) continue;
       if (size < 4096) throw std::runtime_error(text(path, " is shorter than any segment; restore it from a copy, or move it away"));
       auto segment = std::make_unique<Segment>(path, size, firsts[i]);
       const Status status = segment->file.open();
@@ -2951,6 +2967,13 @@ class Recovery {
     topic.load(std::move(segments));
   }
 
+  /// A small file of zeros is one whose making was cut short.
+  static bool remove_if_blank(const std::string& path, size_t size) {
+    if (size > 4096) return false;
+    const std::string content = read_file(path).value_or("");
+    return content.find_first_not_of('\0') == content.npos && ::unlink(path.c_str()) == 0;
+  }
+
   void take_states(const FileName& file) {
     Topic* topic = broker_.find(file.topic);
     Segment* segment = nullptr;
@@ -2963,6 +2986,7 @@ class Recovery {
       return;
     }
     auto states = std::make_unique<States>(topic->log.path(file.channel, file.first, ".state"), *segment);
+    if (remove_if_blank(states->file.path(), file_size(states->file.path()))) return;
     if (file_size(states->file.path()) < states->file.size())
       throw std::runtime_error(text(states->file.path(), " is shorter than it was made; restore it from a copy, or remove it to have its messages delivered again"));
     const Status status = states->file.open();
@@ -3152,19 +3176,6 @@ class Session : public std::enable_shared_from_this<Session> {
   uint64_t written = 0;    // bytes that the loop has written for it
 };
 
-/// The errors of the protocol: "<code> <text>", and whether the connection is closed after it. As nsqd 1.3.0.
-struct ProtocolError {
-  std::string_view code;
-  bool fatal = true;
-};
-namespace errors {
-inline constexpr ProtocolError kBadProtocol{"E_BAD_PROTOCOL"}, kInvalid{"E_INVALID"}, kBadBody{"E_BAD_BODY"}, kBadTopic{"E_BAD_TOPIC"},
-    kBadChannel{"E_BAD_CHANNEL"}, kBadMessage{"E_BAD_MESSAGE"}, kPub{"E_PUB_FAILED"}, kMpub{"E_MPUB_FAILED"}, kDpub{"E_DPUB_FAILED"},
-    kSub{"E_SUB_FAILED"}, kIdentify{"E_IDENTIFY_FAILED"}, kAuth{"E_AUTH_FAILED"}, kAuthFirst{"E_AUTH_FIRST"},
-    kAuthDisabled{"E_AUTH_DISABLED"}, kUnauthorized{"E_UNAUTHORIZED"}, kFin{"E_FIN_FAILED", false}, kReq{"E_REQ_FAILED", false},
-    kTouch{"E_TOUCH_FAILED", false};
-}
-
 /// A name in an error's text, in quotes, as Go's %q writes it.
 inline std::string quoted(std::string_view name) {
   std::string out = "\"";
@@ -3182,67 +3193,46 @@ inline std::string quoted(std::string_view name) {
   return out + "\"";
 }
 
-/// The decimal parameters of commands: digits only, nothing is 0, and what does not fit wraps, as in nsqd 1.3.0.
-inline std::optional<uint64_t> wrapping_decimal(std::string_view digits) {
-  uint64_t number = 0;
-  for (char c : digits) {
-    if (c < '0' || c > '9') return std::nullopt;
-    number = number * 10 + static_cast<uint64_t>(c - '0');
-  }
-  return number;
-}
-
-/// A pattern of an auth server: POSIX extended, plus the escapes \d \w \s and their negations outside of brackets, and
-/// non-capturing groups, since nsqd's users write Go's patterns.
+/// A pattern of an auth server: POSIX extended, so that no name can make it slow. nsqd's users write Go's patterns:
+/// \d \w \s and their negations, escapes in brackets and non-capturing groups are put in POSIX's words.
 class Pattern {
  public:
-  explicit Pattern(const std::string& pattern) { valid_ = ::regcomp(&compiled_, translated(pattern).c_str(), REG_EXTENDED | REG_NOSUB) == 0; }
-  Pattern(const Pattern&) = delete;
-  Pattern& operator=(const Pattern&) = delete;
-  ~Pattern() {
-    if (valid_) ::regfree(&compiled_);
+  explicit Pattern(const std::string& pattern) {
+    auto compiled = std::make_unique<regex_t>();
+    if (::regcomp(compiled.get(), translated(pattern).c_str(), REG_EXTENDED | REG_NOSUB) != 0) return;
+    compiled_.reset(compiled.release(), [](regex_t* done_with) {
+      ::regfree(done_with);
+      delete done_with;
+    });
   }
-  bool valid() const { return valid_; }
-  bool matches(const std::string& name) const { return valid_ && ::regexec(&compiled_, name.c_str(), 0, nullptr, 0) == 0; }
+  bool valid() const { return compiled_ != nullptr; }
+  bool matches(const std::string& name) const { return valid() && ::regexec(compiled_.get(), name.c_str(), 0, nullptr, 0) == 0; }
 
  private:
-  static std::string translated(const std::string& pattern) {
+  static std::string translated(std::string_view rest) {
+    static constexpr std::array<std::array<std::string_view, 2>, 6> kClasses = {{{"\\d", "[0-9]"}, {"\\D", "[^0-9]"},
+        {"\\w", "[0-9A-Za-z_]"}, {"\\W", "[^0-9A-Za-z_]"}, {"\\s", "[[:space:]]"}, {"\\S", "[^[:space:]]"}}};
     std::string out;
     bool in_brackets = false;
-    for (size_t i = 0; i < pattern.size(); ++i) {
-      const std::string_view rest = std::string_view(pattern).substr(i);
-      static constexpr std::array<std::array<std::string_view, 3>, 3> kClasses = {{{"dD", "0-9", "[0-9]"}, {"wW", "0-9A-Za-z_", "[0-9A-Za-z_]"}, {"sS", "[:space:]", "[[:space:]]"}}};
-      const auto* known = rest[0] == '\\' && rest.size() > 1
-                              ? std::find_if(kClasses.begin(), kClasses.end(), [&](const auto& c) { return c[0].find(rest[1]) != c[0].npos; })
-                              : kClasses.end();
-      if (known != kClasses.end()) {
-        const bool negated = rest[1] == (*known)[0][1];
-        if (negated) out += text("[^", (*known)[1], "]");
-        else out += in_brackets ? (*known)[1] : (*known)[2];
-        ++i;
-      } else if (rest[0] == '\\' && rest.size() > 1 && !in_brackets) {
-        out += rest.substr(0, 2);
-        ++i;
-      } else if (!in_brackets && rest.substr(0, 3) == "(?:") {
-        out += '(';
-        i += 2;
-      } else {
-        if (rest[0] == '[') in_brackets = true;
-        if (rest[0] == ']') in_brackets = false;
-        out += rest[0];
-      }
+    for (size_t size = 0; !rest.empty(); rest.remove_prefix(size)) {
+      size = rest[0] == '\\' ? std::min<size_t>(2, rest.size()) : !in_brackets && rest.substr(0, 3) == "(?:" ? 3 : 1;
+      const std::string_view item = rest.substr(0, size);
+      const auto* known = std::find_if(kClasses.begin(), kClasses.end(), [item](const auto& entry) { return entry[0] == item; });
+      if (known != kClasses.end()) out += in_brackets ? (*known)[1].substr(1, (*known)[1].size() - 2) : (*known)[1];
+      else if (size == 2 && in_brackets) out += text("[.", item.substr(1), ".]");
+      else out += size == 3 ? "(" : item;
+      if (item == "[" || item == "]") in_brackets = item == "[";
     }
     return out;
   }
-  regex_t compiled_;
-  bool valid_ = false;
+  std::shared_ptr<regex_t> compiled_;
 };
 
 /// What an auth server granted to a client.
 struct AuthGrant {
   struct Authorization {
-    std::unique_ptr<Pattern> topic;
-    std::vector<std::unique_ptr<Pattern>> channels;
+    Pattern topic;
+    std::vector<Pattern> channels = {};
     bool publish = false, subscribe = false;
   };
   int64_t expires = 0;  // monotonic
@@ -3252,11 +3242,34 @@ struct AuthGrant {
   /// An empty channel means publishing; then, too, a channel pattern must match it.
   bool allows(const std::string& topic, const std::string& channel) const {
     return std::any_of(authorizations.begin(), authorizations.end(), [&](const Authorization& a) {
-      return (channel.empty() ? a.publish : a.subscribe) && a.topic->matches(topic) &&
-             std::any_of(a.channels.begin(), a.channels.end(), [&](const auto& pattern) { return pattern->matches(channel); });
+      return (channel.empty() ? a.publish : a.subscribe) && a.topic.matches(topic) &&
+             std::any_of(a.channels.begin(), a.channels.end(), [&](const Pattern& pattern) { return pattern.matches(channel); });
     });
   }
 };
+
+/// A member of what somebody has told about itself; null where there is none.
+inline const Json& member_of(const Json& told, std::string_view key) {
+  static const Json kNone;
+  const Json* found = told.find(key);
+  return found == nullptr ? kNone : *found;
+}
+
+/// Whether an IDENTIFY is what Go can decode: null is as good as nothing, and one member of a wrong type spoils the whole.
+inline bool well_typed(const Json& told) {
+  static constexpr auto kBool = Json::Type::kBool, kNumber = Json::Type::kNumber, kString = Json::Type::kString;
+  static constexpr std::array<std::pair<std::string_view, Json::Type>, 15> kMembers = {{
+      {"client_id", kString}, {"hostname", kString}, {"user_agent", kString}, {"topology_region", kString}, {"topology_zone", kString},
+      {"heartbeat_interval", kNumber}, {"output_buffer_timeout", kNumber}, {"output_buffer_size", kNumber}, {"sample_rate", kNumber},
+      {"msg_timeout", kNumber}, {"deflate_level", kNumber}, {"feature_negotiation", kBool}, {"tls_v1", kBool}, {"deflate", kBool},
+      {"snappy", kBool}}};
+  const int64_t rate = member_of(told, "sample_rate").integer().value_or(0);
+  if (rate != static_cast<int32_t>(rate) || (!told.is(Json::Type::kObject) && !told.is(Json::Type::kNull))) return false;
+  return std::all_of(kMembers.begin(), kMembers.end(), [&](const auto& entry) {
+    const Json& member = member_of(told, entry.first);
+    return member.is(Json::Type::kNull) || (member.is(entry.second) && (entry.second != kNumber || member.integer()));
+  });
+}
 
 class V2Session;
 
@@ -3271,623 +3284,544 @@ struct Host {
   std::function<void(std::vector<std::string>)> set_lookupds;
 };
 
+/// A client. Each command is a member function of its name, its steps return whether to go on: false after an error or, with
+/// again_ set, when the command is to be tried again from its beginning.
 class V2Session : public Session {
  public:
-  V2Session(Host& host, std::string address, std::string ip);
-  ~V2Session() override;
-  size_t feed(std::string_view input) override;
-  void ended(std::string_view rest) override;
-  void drained() override;
+  V2Session(Host& host, std::string address, std::string ip)
+      : host_(host), broker_(host.broker), ip_(std::move(ip)), connected_at_(broker_.now), last_command_(broker_.now.steady),
+        timer_(broker_.timers, [this] { on_timer(); }) {
+    info_.address = std::move(address);
+    info_.client_id = info_.hostname = ip_;
+    latest_.msg_timeout = broker_.options.msg_timeout.count();
+    latest_.output_buffer_timeout = broker_.options.output_buffer_timeout.count();
+    first_ = latest_;
+    port.session = this;
+    set_timer();
+  }
+  ~V2Session() override {
+    if (port.consumer != nullptr) port.consumer->channel.unsubscribe(*port.consumer);
+    broker_.logger.say(Level::kInfo, "PROTOCOL(V2): [", info_.address, "] exiting ioloop");
+  }
 
-  void auth_answered(std::shared_ptr<const AuthGrant> grant);
+  size_t feed(std::string_view input) override {
+    size_t used = 0;
+    if (input.size() < needed_) return 0;
+    while (used < input.size() && !parked && !port.closing && !port.dropped) {
+      const size_t size = step(input.substr(used), false);
+      if (size == 0) break;
+      used += size;
+    }
+    return used;
+  }
+  /// A command cut off within its body gets the error of that command; within its line, silence.
+  void ended(std::string_view rest) override {
+    if (!magic_seen_) broker_.logger.say(Level::kError, "failed to read protocol version - EOF");
+    else if (!rest.empty() && !port.closing) step(rest, true);
+    port.closing = true;
+  }
+  void drained() override {
+    if (port.consumer != nullptr && !port.consumer->listed) port.consumer->channel.consider(*port.consumer);
+  }
+
+  /// The answer of the auth server has come (null: it cannot be used); the command that waits for it is tried again.
+  void auth_answered(std::shared_ptr<const AuthGrant> grant) {
+    auth_failed_ = grant == nullptr;
+    if (grant != nullptr) grant_ = std::move(grant);
+    unpark();
+  }
   const std::string& secret() const { return secret_; }
   const std::string& ip() const { return ip_; }
-  bool known() const { return magic_seen_; }
   bool publishes() const { return !published_.empty(); }
-  ClientStats stats() const override;
+
+  ClientStats stats() const override {
+    ClientStats shown;
+    shown.client_id = info_.client_id;
+    shown.hostname = info_.hostname;
+    shown.user_agent = info_.user_agent;
+    shown.remote_address = info_.address;
+    shown.topology_region = info_.topology_region;
+    shown.topology_zone = info_.topology_zone;
+    shown.state = static_cast<int>(state_);
+    if (const Consumer* consumer = port.consumer) {
+      shown.ready_count = consumer->rdy;
+      shown.in_flight_count = consumer->in_flight;
+      shown.message_count = static_cast<int64_t>(consumer->delivered);
+      shown.finish_count = static_cast<int64_t>(consumer->finished);
+      shown.requeue_count = static_cast<int64_t>(consumer->requeued);
+    }
+    shown.connected_at = connected_at_.wall / kSecond;
+    shown.connected_for = broker_.now.steady - connected_at_.steady;
+    shown.sample_rate = static_cast<int>(latest_.sample_rate);
+    shown.authed = grant_ != nullptr;
+    if (shown.authed) {
+      shown.auth_identity = grant_->identity;
+      shown.auth_identity_url = grant_->identity_url;
+    }
+    shown.pub_counts = published_;
+    return shown;
+  }
 
  private:
   enum class State { kInit = 0, kSubscribed = 3, kClosing = 4 };
-  enum class Outcome { kDone, kMore, kParked };
+  enum class Part { kBody, kMessage };  // of what follows a line
   struct Command {
     std::string_view name;
-    Outcome (V2Session::*run)();
+    bool (V2Session::*run)();
   };
   static constexpr size_t kLongestLine = 16384;  // as nsqd 1.3.0
   static constexpr int64_t kDefaultHeartbeat = 30 * kSecond;
 
-  size_t step(std::string_view input, bool final);
-  Outcome dispatch();
-  Outcome fail(const ProtocolError& error, std::string_view message, std::string_view cause = {});
-  void respond(std::string_view data);
-  Outcome identify();
-  Outcome auth();
-  Outcome sub();
-  Outcome rdy();
-  Outcome fin();
-  Outcome req();
-  Outcome touch();
-  Outcome cls();
-  Outcome nop() { return Outcome::kDone; }
-  Outcome pub();
-  Outcome dpub();
-  Outcome mpub();
-  Outcome publish_one(const ProtocolError& failed, int64_t delay);
-  Outcome take_body(const char* what, std::string_view& body);
-  std::optional<int32_t> take_number();
-  Outcome missing(const ProtocolError& error, std::string_view message, size_t needed);
-  Outcome check_mpub(std::vector<std::string_view>& bodies);
-  std::optional<MessageId> message_id(size_t needed, Outcome& outcome);
-  Outcome answer_to_consumer(std::string_view why, const ProtocolError& error);
-  Outcome authorize(std::string_view topic, std::string_view channel);
-  Outcome need_topic(std::string_view name, Topic*& topic);
-  std::string apply_identity(const Json& identity);
-  std::string identity_response() const;
-  void published(std::string_view topic, size_t messages);
-  void on_timer();
-  void set_timer();
-  std::string_view word(size_t i) const { return i < words_ ? word_[i] : std::string_view(); }
+  /// What IDENTIFY sets; times in nanoseconds.
+  struct Settings {
+    int64_t heartbeat = kDefaultHeartbeat;  // kNever: none
+    int64_t msg_timeout = 0, output_buffer_size = 16384, output_buffer_timeout = 0, sample_rate = 0;
+  };
+
+  // ---- commands as such ------------------------------------------------------------------------------------------------
+
+  /// Carries out the command at the front; 0 when it has to be tried again.
+  size_t step(std::string_view input, bool final) {
+    if (!magic_seen_) return take_magic(input);
+    const size_t end = input.substr(0, kLongestLine).find('\n');
+    if (end == input.npos) {
+      if (input.size() >= kLongestLine) port.dropped = true;
+      return 0;
+    }
+    split(input.substr(0, end));
+    input_ = input;
+    used_ = end + 1;
+    final_ = final;
+    again_ = false;
+    needed_ = 0;
+    dispatch();
+    if (again_) return 0;
+    last_command_ = broker_.now.steady;
+    mpub_checked_ = 0;
+    return used_;
+  }
+
+  size_t take_magic(std::string_view input) {
+    const std::string_view magic = input.substr(0, 4);
+    if (magic.size() < 4) return 0;
+    if (magic == "  V2") {
+      broker_.logger.say(Level::kInfo, "CLIENT(", info_.address, "): desired protocol magic '  V2'");
+      magic_seen_ = true;
+      last_command_ = broker_.now.steady;
+      next_heartbeat_ = broker_.now.steady + kDefaultHeartbeat;
+      set_timer();
+    } else {
+      broker_.logger.say(Level::kError, "client(", info_.address, ") bad protocol magic '", magic, "'");
+      port.out.append_frame(1, "E_BAD_PROTOCOL");
+      port.closing = true;
+    }
+    return 4;
+  }
+
+  void split(std::string_view line) {
+    if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
+    size_t space = 0;
+    for (words_ = 0; space != line.npos && words_ < word_.size(); ++words_) {
+      space = line.find(' ');
+      word_[words_] = line.substr(0, space);
+      if (space != line.npos) line.remove_prefix(space + 1);
+    }
+  }
+
+  bool dispatch() {
+    static constexpr std::array<Command, 12> kCommands = {{
+        {"FIN", &V2Session::fin}, {"PUB", &V2Session::pub}, {"RDY", &V2Session::rdy}, {"REQ", &V2Session::req},
+        {"TOUCH", &V2Session::touch}, {"MPUB", &V2Session::mpub}, {"DPUB", &V2Session::dpub}, {"NOP", &V2Session::nop},
+        {"SUB", &V2Session::sub}, {"CLS", &V2Session::cls}, {"IDENTIFY", &V2Session::identify}, {"AUTH", &V2Session::auth}}};
+    for (const Command& command : kCommands)
+      if (command.name == word_[0]) return (this->*command.run)();
+    return fail("E_INVALID", text("invalid command ", word_[0]));
+  }
+
+  bool respond(std::string_view data) {
+    port.out.append_frame(0, data);
+    port.attend();
+    return true;
+  }
+  /// An error that leaves the connection open.
+  bool complain(std::string_view error, std::string_view cause = {}) {
+    broker_.logger.say(Level::kError, "[", info_.address, "] - ", error, cause.empty() ? "" : " - ", cause);
+    port.out.append_frame(1, error);
+    port.attend();
+    return false;
+  }
+  bool fail(std::string_view code, std::string_view message, std::string_view cause = {}) {
+    port.closing = true;
+    return complain(text(code, " ", message), cause);
+  }
+  bool park() {
+    again_ = true;
+    return false;
+  }
+
+  // ---- steps that commands share ---------------------------------------------------------------------------------------
+
+  bool allowed(bool in_this_state) { return in_this_state || fail("E_INVALID", text("cannot ", word_[0], " in current state")); }
+  bool has_words(size_t needed, std::string_view noun) {
+    return words_ >= needed || fail("E_INVALID", text(word_[0], " insufficient number of ", noun));
+  }
+  /// The command has its parameters, and the first of them is the name of a topic.
+  bool names_topic(size_t needed, std::string_view prefix = {}) {
+    if (!has_words(needed, "parameters")) return false;
+    return valid_name(word_[1]) || fail("E_BAD_TOPIC", text(prefix, word_[0], " topic name ", quoted(word_[1]), " is not valid"));
+  }
+  /// A decimal parameter: digits only, nothing is 0, and what does not fit wraps, as in nsqd 1.3.0.
+  bool take_decimal(std::string_view digits, std::string_view what, uint64_t& number) {
+    number = 0;
+    for (char c : digits) {
+      if (c < '0' || c > '9') return fail("E_INVALID", text(word_[0], " could not parse ", what, " ", digits));
+      number = number * 10 + static_cast<uint64_t>(c - '0');
+    }
+    return true;
+  }
+  bool take_id(size_t needed, MessageId& id) {
+    if (!allowed(state_ != State::kInit) || !has_words(needed, "params")) return false;
+    if (word_[1].size() != 16) return fail("E_INVALID", "invalid message ID");
+    id = MessageId::from(word_[1].data());
+    return true;
+  }
+  /// What became of a message in flight.
+  bool settle(std::string_view why) {
+    return why.empty() || complain(text("E_", word_[0], "_FAILED ", word_[0], " ", word_[1], " failed ", why));
+  }
+
+  /// Something is not there: wait for that many bytes more, or say so when nothing will come any more.
+  bool missing(std::string_view code, std::string_view message, size_t bytes) {
+    if (final_) return fail(code, message);
+    needed_ = used_ + bytes;
+    again_ = true;
+    return false;
+  }
+  std::optional<int32_t> take_number() {
+    if (input_.size() - used_ < 4) return std::nullopt;
+    used_ += 4;
+    return static_cast<int32_t>(get_be<uint32_t>(input_.data() + used_ - 4));
+  }
+  /// The size of a part; `which` is for the errors of an MPUB's messages.
+  bool take_size(Part part, size_t& size, std::optional<size_t> which = {}) {
+    const bool body = part == Part::kBody;
+    const int64_t most = body ? broker_.options.max_body_size : broker_.options.max_msg_size;
+    const auto given = take_number();
+    size = static_cast<size_t>(given.value_or(0));
+    if (given && *given > 0 && *given <= most) return true;
+    const std::string_view code = body ? "E_BAD_BODY" : "E_BAD_MESSAGE";
+    const std::string noun = body ? "body" : which ? text("message(", *which, ") body") : "message body";
+    if (!given) return missing(code, text(word_[0], " failed to read ", noun, " size"), 4);
+    if (*given <= 0) return fail(code, text(word_[0], " invalid ", noun, " size ", *given));
+    return fail(code, text(word_[0], body ? " body" : " message", " too big ", *given, " > ", most));
+  }
+  bool take_bytes(Part part, std::string_view& bytes, std::optional<size_t> which = {}) {
+    size_t size = 0;
+    if (!take_size(part, size, which)) return false;
+    const bool body = part == Part::kBody;
+    bytes = input_.substr(used_, size);
+    if (bytes.size() < size)
+      return missing(body ? "E_BAD_BODY" : "E_BAD_MESSAGE", text(word_[0], " failed to read ", body ? "body" : "message body"), size);
+    used_ += size;
+    return true;
+  }
+
+  /// Whether this client may do the command at hand; an empty channel means publishing.
+  bool authorized(std::string_view channel) {
+    if (broker_.options.auth_http_address.empty()) return true;
+    if (!auth_done_) return fail("E_AUTH_FIRST", text("AUTH required before ", word_[0]));
+    if (std::exchange(auth_failed_, false)) return fail("E_AUTH_FAILED", "AUTH failed");
+    if (grant_->expires <= broker_.now.steady) {
+      host_.ask_auth(*this);
+      return park();
+    }
+    if (grant_->allows(std::string(word_[1]), std::string(channel))) return true;
+    return fail("E_UNAUTHORIZED", text("AUTH failed for ", word_[0], " on ", quoted(word_[1]), " ", quoted(channel)));
+  }
+  /// The topic that the command names, made where it is missing. Nothing where this client may not, or has to wait: for the
+  /// auth server, or for nsqlookupd, which is asked for the channels of a new topic.
+  Topic* open_topic(std::string_view channel) {
+    const std::string_view name = word_[1];
+    if (!authorized(channel)) return nullptr;
+    if (last_topic_ != nullptr && last_deletions_ == broker_.deletions && last_topic_->name == name) return last_topic_;
+    if (broker_.find(name) == nullptr && host_.look_up(name, *this)) {
+      park();
+      return nullptr;
+    }
+    last_deletions_ = broker_.deletions;
+    return last_topic_ = &broker_.topic(name);
+  }
+
+  // ---- IDENTIFY and AUTH -----------------------------------------------------------------------------------------------
+
+  bool identify() {
+    std::string_view body;
+    if (!allowed(state_ == State::kInit) || !take_bytes(Part::kBody, body)) return false;
+    JsonParser parser{body};
+    const Json told = parser.parse();
+    if (parser.error.empty() && !well_typed(told)) parser.error = "it or a member of it is of the wrong type";
+    if (!parser.error.empty()) return fail("E_BAD_BODY", "IDENTIFY failed to decode JSON body", parser.error);
+    info_.client_id = member_of(told, "client_id").string;
+    info_.hostname = member_of(told, "hostname").string;
+    info_.user_agent = member_of(told, "user_agent").string;
+    info_.topology_region = member_of(told, "topology_region").string;
+    info_.topology_zone = member_of(told, "topology_zone").string;
+    if (!apply_settings(told)) return false;
+    if (!std::exchange(identified_, true)) begin_delivery();
+    set_timer();
+    const int64_t beat = latest_.heartbeat == kNever ? -1 : latest_.heartbeat / kMillisecond;
+    broker_.logger.say(Level::kInfo, "[", info_.address, "] IDENTIFY: {ClientID:", info_.client_id, " Hostname:", info_.hostname,
+                       " UserAgent:", info_.user_agent, " HeartbeatInterval:", beat, " MsgTimeout:", latest_.msg_timeout / kMillisecond,
+                       "}");
+    return respond(member_of(told, "feature_negotiation").boolean ? identity_response() : "OK");
+  }
+  bool apply_settings(const Json& told) {
+    const Options& limits = broker_.options;
+    auto ms = [](Duration bound) { return bound.count() / kMillisecond; };
+    const bool good = set(latest_.heartbeat, told, "heartbeat_interval", 1000, ms(limits.max_heartbeat_interval), kMillisecond, kNever) &&
+                      set(latest_.output_buffer_timeout, told, "output_buffer_timeout", ms(limits.min_output_buffer_timeout),
+                          ms(limits.max_output_buffer_timeout), kMillisecond, 0) &&
+                      set(latest_.output_buffer_size, told, "output_buffer_size", 64, limits.max_output_buffer_size, 1, 1) &&
+                      set(latest_.sample_rate, told, "sample_rate", 0, 99, 1) &&
+                      set(latest_.msg_timeout, told, "msg_timeout", 1000, ms(limits.max_msg_timeout), kMillisecond);
+    if (member_of(told, "output_buffer_size").integer() == -1) latest_.output_buffer_timeout = 0;
+    return good;
+  }
+  /// Changes one setting: -1 turns it off where it can be, 0 leaves it where that is not within its bounds.
+  bool set(int64_t& setting, const Json& told, std::string key, int64_t least, int64_t most, int64_t unit,
+           std::optional<int64_t> off = {}) {
+    const int64_t given = member_of(told, key).integer().value_or(0);
+    const bool turned_off = given == -1 && off, fits = given >= least && given <= most;
+    if (turned_off) setting = *off;
+    else if (fits) setting = given * unit;
+    if (turned_off || fits || given == 0) return true;
+    std::replace(key.begin(), key.end(), '_', ' ');
+    return fail("E_BAD_BODY", text("IDENTIFY ", key, " (", given, ") is invalid"));
+  }
+  /// The delivery side keeps what the first IDENTIFY said.
+  void begin_delivery() {
+    const Options& options = broker_.options;
+    first_ = latest_;
+    next_heartbeat_ = saturating_add(broker_.now.steady, first_.heartbeat);
+    if (!topology_aware(options)) return;
+    info_.zone_local = info_.topology_zone == options.topology_zone;
+    info_.region_local = info_.topology_region == options.topology_region;
+  }
+
+  std::string identity_response() const {
+    const Options& options = broker_.options;
+    JsonWriter json;
+    json.open('{').member("max_rdy_count", options.max_rdy_count).member("version", kProtocolVersion);
+    json.member("max_msg_timeout", options.max_msg_timeout.count() / kMillisecond);
+    json.member("msg_timeout", latest_.msg_timeout / kMillisecond);
+    json.member("tls_v1", false).member("deflate", false).member("deflate_level", std::min<int64_t>(6, options.max_deflate_level));
+    json.member("max_deflate_level", options.max_deflate_level).member("snappy", false).member("sample_rate", latest_.sample_rate);
+    json.member("auth_required", !options.auth_http_address.empty()).member("output_buffer_size", latest_.output_buffer_size);
+    json.member("output_buffer_timeout", latest_.output_buffer_timeout / kMillisecond);
+    json.member("topology_region", options.topology_region).member("topology_zone", options.topology_zone).close('}');
+    return json.out;
+  }
+
+  bool auth() {
+    std::string_view secret;
+    if (!allowed(state_ == State::kInit)) return false;
+    if (words_ != 1) return fail("E_INVALID", "AUTH invalid number of parameters");
+    if (!take_bytes(Part::kBody, secret)) return false;
+    if (auth_done_) return fail("E_INVALID", "AUTH already set");
+    if (broker_.options.auth_http_address.empty()) return fail("E_AUTH_DISABLED", "AUTH disabled");
+    if (std::exchange(auth_failed_, false)) return fail("E_AUTH_FAILED", "AUTH failed");
+    if (grant_ == nullptr) {
+      secret_ = secret;
+      host_.ask_auth(*this);
+      return park();
+    }
+    if (grant_->authorizations.empty()) return fail("E_UNAUTHORIZED", "AUTH no authorizations found");
+    auth_done_ = true;
+    JsonWriter json;
+    json.open('{').member("identity", grant_->identity).member("identity_url", grant_->identity_url);
+    return respond(json.member("permission_count", static_cast<uint64_t>(grant_->authorizations.size())).close('}').out);
+  }
+
+  // ---- consuming -------------------------------------------------------------------------------------------------------
+
+  bool sub() {
+    const int64_t most = broker_.options.max_channel_consumers;
+    if (!allowed(state_ == State::kInit)) return false;
+    if (latest_.heartbeat == kNever) return fail("E_INVALID", "cannot SUB with heartbeats disabled");
+    if (!names_topic(3)) return false;
+    if (!valid_name(word_[2])) return fail("E_BAD_CHANNEL", text("SUB channel name ", quoted(word_[2]), " is not valid"));
+    Topic* topic = open_topic(word_[2]);
+    if (topic == nullptr) return false;
+    Status status;
+    Channel* channel = topic->channel(word_[2], status);
+    if (channel == nullptr) return fail("E_SUB_FAILED", text("SUB failed ", status.error));
+    if (most > 0 && static_cast<int64_t>(channel->consumers.size()) >= most)
+      return fail("E_SUB_FAILED", text("SUB failed consumers for ", word_[1], ":", word_[2], " exceeds limit of ", most));
+    channel->subscribe(port, info_, to_duration(first_.msg_timeout), static_cast<int>(first_.sample_rate));
+    state_ = State::kSubscribed;
+    return respond("OK");
+  }
+
+  bool rdy() {
+    uint64_t number = 1;
+    if (state_ == State::kClosing) return true;
+    if (!allowed(state_ == State::kSubscribed) || (words_ > 1 && !take_decimal(word_[1], "count", number))) return false;
+    const auto count = static_cast<int64_t>(number);
+    const int64_t most = broker_.options.max_rdy_count;
+    if (count < 0 || count > most) return fail("E_INVALID", text("RDY count ", count, " out of range 0-", most));
+    if (port.consumer != nullptr) port.consumer->channel.set_ready(*port.consumer, count);
+    return true;
+  }
+
+  bool fin() {
+    MessageId id{};
+    if (!take_id(2, id) || port.consumer == nullptr) return false;
+    return settle(port.consumer->channel.finish(*port.consumer, id));
+  }
+  bool touch() {
+    MessageId id{};
+    if (!take_id(2, id) || port.consumer == nullptr) return false;
+    return settle(port.consumer->channel.touch(*port.consumer, id, latest_.msg_timeout));
+  }
+  bool req() {
+    MessageId id{};
+    uint64_t ms = 0;
+    if (!take_id(3, id) || !take_decimal(word_[2], "timeout", ms) || port.consumer == nullptr) return false;
+    const int64_t most = broker_.options.max_req_timeout.count();
+    const auto asked = static_cast<int64_t>(ms * static_cast<uint64_t>(kMillisecond));  // beyond 292 years it wraps, and may mean now
+    const int64_t delay = std::clamp<int64_t>(asked, 0, most);
+    if (delay != asked)
+      broker_.logger.say(Level::kInfo, "[", info_.address, "] REQ timeout ", asked, " out of range 0-", most, ". Setting to ", delay);
+    return settle(port.consumer->channel.requeue(*port.consumer, id, delay));
+  }
+
+  bool cls() {
+    if (!allowed(state_ == State::kSubscribed)) return false;
+    if (port.consumer != nullptr) port.consumer->channel.set_ready(*port.consumer, 0);
+    state_ = State::kClosing;
+    return respond("CLOSE_WAIT");
+  }
+  bool nop() { return true; }
+
+  // ---- publishing ------------------------------------------------------------------------------------------------------
+
+  bool pub() { return names_topic(2) && publish_one(0); }
+
+  bool dpub() {
+    uint64_t ms = 0;
+    if (!names_topic(3) || !take_decimal(word_[2], "timeout", ms)) return false;
+    const int64_t most = broker_.options.max_req_timeout.count() / kMillisecond;
+    if (ms > static_cast<uint64_t>(most)) return fail("E_INVALID", text("DPUB timeout ", ms, " out of range 0-", most));
+    return publish_one(static_cast<int64_t>(ms) * kMillisecond);
+  }
+
+  bool publish_one(int64_t delay) {
+    std::string_view body;
+    if (!take_bytes(Part::kMessage, body)) return false;
+    Topic* topic = open_topic({});
+    return topic != nullptr && store(*topic, &body, 1, delay);
+  }
+
+  bool mpub() {
+    if (!names_topic(2, "E_BAD_TOPIC ")) return false;
+    Topic* topic = open_topic({});
+    std::vector<std::string_view> bodies;
+    return topic != nullptr && take_bodies(bodies) && store(*topic, bodies.data(), bodies.size(), 0);
+  }
+  /// Looks at all messages before any is stored. What was found good is not looked at again when more has arrived.
+  bool take_bodies(std::vector<std::string_view>& bodies) {
+    size_t unused = 0;
+    if (!take_size(Part::kBody, unused)) return false;
+    const auto count = take_number();
+    if (!count) return missing("E_BAD_BODY", "MPUB failed to read message count", 4);
+    if (*count <= 0 || *count > (broker_.options.max_body_size - 4) / 5)
+      return fail("E_BAD_BODY", text("MPUB invalid message count ", *count));
+    size_t at = used_;
+    if (mpub_checked_ > 0) used_ = mpub_end_;
+    for (std::string_view body; mpub_checked_ < static_cast<size_t>(*count); ++mpub_checked_, mpub_end_ = used_)
+      if (!take_bytes(Part::kMessage, body, mpub_checked_)) return false;
+    bodies.reserve(mpub_checked_);
+    for (; at < used_; at += 4 + bodies.back().size()) bodies.push_back(input_.substr(at + 4, get_be<uint32_t>(input_.data() + at)));
+    return true;
+  }
+
+  bool store(Topic& topic, const std::string_view* bodies, size_t count, int64_t delay) {
+    const Status status = topic.publish(bodies, count, delay);
+    if (!status.ok()) return fail(text("E_", word_[0], "_FAILED"), text(word_[0], " failed ", status.error));
+    if (published_.empty() || published_.back().first != topic.name) {  // the latest one is the last one
+      auto found = std::find_if(published_.begin(), published_.end(), [&](const auto& entry) { return entry.first == topic.name; });
+      if (found == published_.end()) published_.emplace_back(topic.name, 0);
+      else std::swap(*found, published_.back());
+    }
+    published_.back().second += count;
+    return respond("OK");
+  }
+
+  // ---- time ------------------------------------------------------------------------------------------------------------
+
+  int64_t read_deadline() const {
+    const int64_t interval = magic_seen_ ? latest_.heartbeat : kDefaultHeartbeat;
+    return saturating_add(last_command_, saturating_add(interval, interval));
+  }
+  /// One timer for the heartbeat and the read deadline.
+  void set_timer() {
+    int64_t beat = next_heartbeat_;
+    if (beat != kNever) {  // rounded up, so that the heartbeats of many clients share a turn of the loop
+      const int64_t grain = first_.heartbeat < 8 * kSecond ? kSecond / 4 : kSecond;
+      beat = (beat + grain - 1) / grain * grain;
+    }
+    timer_.set(std::min(beat, read_deadline()));
+  }
+  void on_timer() {
+    const int64_t now = broker_.now.steady;
+    if (parked) last_command_ = now;  // it is not the client who is waited for
+    if (now >= read_deadline()) {
+      broker_.logger.say(Level::kError, "client(", info_.address, ") - i/o timeout");
+      late = true;
+      return port.attend();
+    }
+    if (now >= next_heartbeat_) {
+      const bool stuck = !port.out.empty() && written == written_at_heartbeat_;
+      written_at_heartbeat_ = written;
+      next_heartbeat_ = std::max(next_heartbeat_ + first_.heartbeat, now);
+      if (stuck) port.dropped = true;  // the write deadline: nothing went out for a whole interval
+      else respond("_heartbeat_");
+      port.attend();
+    }
+    set_timer();
+  }
 
   Host& host_;
   Broker& broker_;
+  std::string ip_;
+  Now connected_at_;
+  int64_t last_command_;  // when it was done with
+  int64_t next_heartbeat_ = kNever;
+  uint64_t written_at_heartbeat_ = std::numeric_limits<uint64_t>::max();  // a value that `written` never has
   State state_ = State::kInit;
   bool magic_seen_ = false, identified_ = false;
   ClientInfo info_;
-  std::string ip_;
-  int64_t connected_wall_, connected_steady_;
-  int64_t heartbeat_interval_ = kDefaultHeartbeat;  // of the heartbeats: as the first IDENTIFY set it
-  int64_t read_interval_ = kDefaultHeartbeat;       // of the read deadline: as the last one set it
-  int64_t next_heartbeat_ = kNever;
-  int64_t last_command_;
-  uint64_t written_at_heartbeat_ = 0;
-  int64_t msg_timeout_, first_msg_timeout_;
-  int64_t output_buffer_size_ = 16384, output_buffer_timeout_;
-  int sample_rate_ = 0, first_sample_rate_ = 0;
+  Settings latest_;  // as the last IDENTIFY set them: for the read deadline, TOUCH, and what is shown
+  Settings first_;   // as the first one did: for the heartbeats and the delivery
   std::vector<std::pair<std::string, uint64_t>> published_;
   std::string secret_;
   std::shared_ptr<const AuthGrant> grant_;
   bool auth_failed_ = false, auth_done_ = false;
 
   // The command at hand.
-  std::array<std::string_view, 5> word_;
+  std::string_view input_;  // from the command's line on
+  size_t used_ = 0;         // of it
+  std::array<std::string_view, 4> word_;
   size_t words_ = 0;
-  std::string_view body_;   // what follows its line
-  size_t body_used_ = 0;
   bool final_ = false;      // no more will come
-  size_t needed_ = 0;       // bytes of input, before it is worth trying again
-  size_t mpub_checked_ = 0, mpub_offset_ = 0;  // how far the messages of a half-arrived MPUB were looked at
+  bool again_ = false;      // it is to be tried again: when `needed_` bytes are there, or when it is no longer parked
+  size_t needed_ = 0;
+  size_t mpub_checked_ = 0, mpub_end_ = 0;  // how many messages of a half-arrived MPUB were looked at, and where they end
 
-  Topic* last_topic_ = nullptr;  // that was published to
-  std::string last_topic_name_;
+  Topic* last_topic_ = nullptr;  // that was opened
   uint64_t last_deletions_ = 0;
   Timer timer_;
 };
-
-inline V2Session::V2Session(Host& host, std::string address, std::string ip)
-    : host_(host), broker_(host.broker), ip_(std::move(ip)), connected_wall_(broker_.now.wall), connected_steady_(broker_.now.steady),
-      last_command_(broker_.now.steady), msg_timeout_(broker_.options.msg_timeout.count()), first_msg_timeout_(msg_timeout_),
-      output_buffer_timeout_(broker_.options.output_buffer_timeout.count()), timer_(broker_.timers, [this] { on_timer(); }) {
-  info_.address = std::move(address);
-  info_.client_id = info_.hostname = ip_;
-  port.session = this;
-  set_timer();
-}
-
-inline V2Session::~V2Session() {
-  if (port.consumer != nullptr) port.consumer->channel.unsubscribe(*port.consumer);
-  broker_.logger.say(Level::kInfo, "PROTOCOL(V2): [", info_.address, "] exiting ioloop");
-}
-
-inline size_t V2Session::feed(std::string_view input) {
-  size_t used = 0;
-  if (input.size() < needed_) return 0;
-  while (used < input.size() && !parked && !port.closing && !port.dropped) {
-    const size_t size = step(input.substr(used), false);
-    if (size == 0) break;
-    used += size;
-  }
-  return used;
-}
-
-/// A command cut off within its body gets the error of that command; within its line, silence.
-inline void V2Session::ended(std::string_view rest) {
-  if (!magic_seen_) broker_.logger.say(Level::kError, "failed to read protocol version - EOF");
-  else if (!rest.empty() && !port.closing) step(rest, true);
-  port.closing = true;
-}
-
-/// Carries out the command at the front; 0 when it is not complete.
-inline size_t V2Session::step(std::string_view input, bool final) {
-  if (!magic_seen_) {
-    if (input.size() < 4) return 0;
-    if (input.substr(0, 4) != "  V2") {
-      broker_.logger.say(Level::kError, "client(", info_.address, ") bad protocol magic '", input.substr(0, 4), "'");
-      port.out.append_frame(1, errors::kBadProtocol.code);
-      port.closing = true;
-      return 4;
-    }
-    broker_.logger.say(Level::kInfo, "CLIENT(", info_.address, "): desired protocol magic '  V2'");
-    magic_seen_ = true;
-    last_command_ = broker_.now.steady;
-    next_heartbeat_ = broker_.now.steady + heartbeat_interval_;
-    set_timer();
-    return 4;
-  }
-  const size_t end = input.substr(0, kLongestLine).find('\n');
-  if (end == input.npos) {
-    if (input.size() >= kLongestLine) port.dropped = true;
-    return 0;
-  }
-  std::string_view line = input.substr(0, end);
-  if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
-  for (words_ = 0; words_ < word_.size(); line.remove_prefix(word_[words_++].size() + 1)) {
-    word_[words_] = line.substr(0, line.find(' '));
-    if (word_[words_].size() == line.size()) {
-      ++words_;
-      break;
-    }
-  }
-  body_ = input.substr(end + 1);
-  body_used_ = 0;
-  final_ = final;
-  needed_ = 0;
-  const Outcome outcome = dispatch();
-  if (outcome == Outcome::kMore && !port.closing) {
-    if (needed_ > 0) needed_ += end + 1;
-    return 0;
-  }
-  if (outcome == Outcome::kParked) return 0;
-  last_command_ = broker_.now.steady;
-  mpub_checked_ = 0;
-  return end + 1 + body_used_;
-}
-
-inline V2Session::Outcome V2Session::dispatch() {
-  static constexpr std::array<Command, 12> kCommands = {{{"FIN", &V2Session::fin},
-                                                         {"PUB", &V2Session::pub},
-                                                         {"RDY", &V2Session::rdy},
-                                                         {"REQ", &V2Session::req},
-                                                         {"TOUCH", &V2Session::touch},
-                                                         {"MPUB", &V2Session::mpub},
-                                                         {"DPUB", &V2Session::dpub},
-                                                         {"NOP", &V2Session::nop},
-                                                         {"SUB", &V2Session::sub},
-                                                         {"CLS", &V2Session::cls},
-                                                         {"IDENTIFY", &V2Session::identify},
-                                                         {"AUTH", &V2Session::auth}}};
-  for (const Command& command : kCommands)
-    if (command.name == word_[0]) return (this->*command.run)();
-  return fail(errors::kInvalid, text("invalid command ", word_[0]));
-}
-
-inline V2Session::Outcome V2Session::fail(const ProtocolError& error, std::string_view message, std::string_view cause) {
-  const std::string whole = text(error.code, " ", message);
-  broker_.logger.say(Level::kError, "[", info_.address, "] - ", whole, cause.empty() ? "" : " - ", cause);
-  port.out.append_frame(1, whole);
-  if (error.fatal) port.closing = true;
-  port.attend();
-  return Outcome::kDone;
-}
-
-inline void V2Session::respond(std::string_view data) {
-  port.out.append_frame(0, data);
-  port.attend();
-}
-
-/// The next number of the body, if it is there.
-inline std::optional<int32_t> V2Session::take_number() {
-  if (body_.size() - body_used_ < 4) return std::nullopt;
-  body_used_ += 4;
-  return static_cast<int32_t>(get_be<uint32_t>(body_.data() + body_used_ - 4));
-}
-
-/// Something of the body is not there: wait for it, or say so when nothing will come any more.
-inline V2Session::Outcome V2Session::missing(const ProtocolError& error, std::string_view message, size_t needed) {
-  if (final_) return fail(error, message);
-  needed_ = needed;
-  return Outcome::kMore;
-}
-
-/// The body of IDENTIFY and AUTH. kDone with the connection closing where it is refused.
-inline V2Session::Outcome V2Session::take_body(const char* what, std::string_view& body) {
-  const auto size = take_number();
-  if (!size) return missing(errors::kBadBody, text(what, " failed to read body size"), 4);
-  if (*size > broker_.options.max_body_size) return fail(errors::kBadBody, text(what, " body too big ", *size, " > ", broker_.options.max_body_size));
-  if (*size <= 0) return fail(errors::kBadBody, text(what, " invalid body size ", *size));
-  const auto length = static_cast<size_t>(*size);
-  if (body_.size() - body_used_ < length) return missing(errors::kBadBody, text(what, " failed to read body"), body_used_ + length);
-  body = body_.substr(body_used_, length);
-  body_used_ += length;
-  return Outcome::kDone;
-}
-
-inline V2Session::Outcome V2Session::identify() {
-  if (state_ != State::kInit) return fail(errors::kInvalid, "cannot IDENTIFY in current state");
-  std::string_view body;
-  const Outcome outcome = take_body("IDENTIFY", body);
-  if (outcome != Outcome::kDone || port.closing) return outcome;
-  JsonParser parser{body};
-  const Json identity = parser.parse();
-  const bool decoded = parser.error.empty() && (identity.is(Json::Type::kObject) || identity.is(Json::Type::kNull));
-  if (!decoded) return fail(errors::kBadBody, "IDENTIFY failed to decode JSON body", parser.error);
-  const std::string wrong = apply_identity(identity);
-  if (wrong == "type") return fail(errors::kBadBody, "IDENTIFY failed to decode JSON body", "a member is of the wrong type");
-  if (!wrong.empty()) return fail(errors::kBadBody, text("IDENTIFY ", wrong));
-  broker_.logger.say(Level::kInfo, "[", info_.address, "] IDENTIFY: {ClientID:", info_.client_id, " Hostname:", info_.hostname, " UserAgent:", info_.user_agent,
-                     " HeartbeatInterval:", read_interval_ == kNever ? -1 : read_interval_ / kMillisecond, " MsgTimeout:", msg_timeout_ / kMillisecond, "}");
-  const Json* negotiate = identity.find("feature_negotiation");
-  respond(negotiate != nullptr && negotiate->boolean ? identity_response() : "OK");
-  return Outcome::kDone;
-}
-
-/// Takes over what a client tells about itself. Returns what is wrong with it, "type" for a member of the wrong type.
-inline std::string V2Session::apply_identity(const Json& identity) {
-  bool typed = true;
-  auto member = [&](std::string_view key, Json::Type type) {
-    const Json* found = identity.find(key);
-    if (found == nullptr || found->is(Json::Type::kNull)) return static_cast<const Json*>(nullptr);
-    typed = typed && found->is(type);
-    return typed ? found : nullptr;
-  };
-  auto string = [&](std::string_view key) {
-    const Json* found = member(key, Json::Type::kString);
-    return found == nullptr ? std::string() : found->string;
-  };
-  auto integer = [&](std::string_view key) -> int64_t {
-    const Json* found = member(key, Json::Type::kNumber);
-    if (found == nullptr) return 0;
-    typed = typed && found->integer().has_value();
-    return found->integer().value_or(0);
-  };
-  const std::string id = string("client_id"), host = string("hostname"), agent = string("user_agent"), region = string("topology_region"), zone = string("topology_zone");
-  const int64_t heartbeat = integer("heartbeat_interval"), buffer_timeout = integer("output_buffer_timeout"), buffer_size = integer("output_buffer_size");
-  const int64_t sampling = integer("sample_rate"), timeout = integer("msg_timeout");
-  for (std::string_view key : {"feature_negotiation", "tls_v1", "deflate", "snappy"}) member(key, Json::Type::kBool);
-  integer("deflate_level");
-  if (!typed || sampling > std::numeric_limits<int32_t>::max() || sampling < std::numeric_limits<int32_t>::min()) return "type";
-
-  const Options& limits = broker_.options;
-  auto within = [](int64_t value, int64_t least, int64_t most) { return value >= least && value <= most; };
-  auto ms = [](Duration duration) { return duration.count() / kMillisecond; };
-  info_.client_id = id;
-  info_.hostname = host;
-  info_.user_agent = agent;
-  info_.topology_region = region;
-  info_.topology_zone = zone;
-  if (heartbeat == -1) read_interval_ = kNever;
-  else if (within(heartbeat, 1000, ms(limits.max_heartbeat_interval))) read_interval_ = heartbeat * kMillisecond;
-  else if (heartbeat != 0) return text("heartbeat interval (", heartbeat, ") is invalid");
-  if (buffer_timeout == -1) output_buffer_timeout_ = 0;
-  else if (within(buffer_timeout, ms(limits.min_output_buffer_timeout), ms(limits.max_output_buffer_timeout))) output_buffer_timeout_ = buffer_timeout * kMillisecond;
-  else if (buffer_timeout != 0) return text("output buffer timeout (", buffer_timeout, ") is invalid");
-  if (buffer_size == -1) output_buffer_size_ = 1, output_buffer_timeout_ = 0;
-  else if (within(buffer_size, 64, limits.max_output_buffer_size)) output_buffer_size_ = buffer_size;
-  else if (buffer_size != 0) return text("output buffer size (", buffer_size, ") is invalid");
-  if (!within(sampling, 0, 99)) return text("sample rate (", sampling, ") is invalid");
-  sample_rate_ = static_cast<int>(sampling);
-  if (within(timeout, 1000, ms(limits.max_msg_timeout))) msg_timeout_ = timeout * kMillisecond;
-  else if (timeout != 0) return text("msg timeout (", timeout, ") is invalid");
-
-  if (!std::exchange(identified_, true)) {  // the delivery side keeps what the first one said
-    heartbeat_interval_ = read_interval_;
-    first_msg_timeout_ = msg_timeout_;
-    first_sample_rate_ = sample_rate_;
-    const auto& experiments = limits.enable_experiment;
-    if (std::find(experiments.begin(), experiments.end(), "topology-aware-consumption") != experiments.end()) {
-      info_.zone_local = zone == limits.topology_zone;
-      info_.region_local = region == limits.topology_region;
-    }
-    next_heartbeat_ = heartbeat_interval_ == kNever ? kNever : broker_.now.steady + heartbeat_interval_;
-  }
-  set_timer();
-  return {};
-}
-
-inline std::string V2Session::identity_response() const {
-  const Options& options = broker_.options;
-  JsonWriter json;
-  json.open('{').member("max_rdy_count", options.max_rdy_count).member("version", kProtocolVersion);
-  json.member("max_msg_timeout", options.max_msg_timeout.count() / kMillisecond).member("msg_timeout", msg_timeout_ / kMillisecond);
-  json.member("tls_v1", false).member("deflate", false).member("deflate_level", std::min<int64_t>(6, options.max_deflate_level));
-  json.member("max_deflate_level", options.max_deflate_level).member("snappy", false).member("sample_rate", sample_rate_);
-  json.member("auth_required", !options.auth_http_address.empty()).member("output_buffer_size", output_buffer_size_);
-  json.member("output_buffer_timeout", output_buffer_timeout_ / kMillisecond);
-  json.member("topology_region", options.topology_region).member("topology_zone", options.topology_zone).close('}');
-  return json.out;
-}
-
-inline V2Session::Outcome V2Session::auth() {
-  if (state_ != State::kInit) return fail(errors::kInvalid, "cannot AUTH in current state");
-  if (words_ != 1) return fail(errors::kInvalid, "AUTH invalid number of parameters");
-  std::string_view body;
-  const Outcome outcome = take_body("AUTH", body);
-  if (outcome != Outcome::kDone || port.closing) return outcome;
-  if (broker_.options.auth_http_address.empty()) return fail(errors::kAuthDisabled, "AUTH disabled");
-  if (std::exchange(auth_failed_, false)) return fail(errors::kAuth, "AUTH failed");
-  if (grant_ == nullptr) {
-    secret_ = body;
-    host_.ask_auth(*this);
-    return Outcome::kParked;
-  }
-  if (auth_done_) return fail(errors::kInvalid, "AUTH already set");
-  if (grant_->authorizations.empty()) return fail(errors::kUnauthorized, "AUTH no authorizations found");
-  auth_done_ = true;
-  JsonWriter json;
-  json.open('{').member("identity", grant_->identity).member("identity_url", grant_->identity_url);
-  respond(json.member("permission_count", static_cast<uint64_t>(grant_->authorizations.size())).close('}').out);
-  return Outcome::kDone;
-}
-
-/// The answer of the auth server has come (null: it cannot be used); the command that waits for it is tried again.
-inline void V2Session::auth_answered(std::shared_ptr<const AuthGrant> grant) {
-  auth_failed_ = grant == nullptr;
-  if (grant != nullptr) grant_ = std::move(grant);
-  needed_ = 0;
-  unpark();
-}
-
-/// Whether this client may do the command at hand; an empty channel means publishing.
-inline V2Session::Outcome V2Session::authorize(std::string_view topic, std::string_view channel) {
-  if (broker_.options.auth_http_address.empty()) return Outcome::kDone;
-  if (grant_ == nullptr || grant_->authorizations.empty()) return fail(errors::kAuthFirst, text("AUTH required before ", word(0)));
-  if (std::exchange(auth_failed_, false)) return fail(errors::kAuth, "AUTH failed");
-  if (grant_->expires <= broker_.now.steady) {
-    host_.ask_auth(*this);
-    return Outcome::kParked;
-  }
-  if (grant_->allows(std::string(topic), std::string(channel))) return Outcome::kDone;
-  return fail(errors::kUnauthorized, text("AUTH failed for ", word(0), " on ", quoted(topic), " ", quoted(channel)));
-}
-
-/// The topic of that name, made where it is missing; kParked while nsqlookupd is asked for its channels.
-inline V2Session::Outcome V2Session::need_topic(std::string_view name, Topic*& topic) {
-  if (last_topic_ != nullptr && last_deletions_ == broker_.deletions && last_topic_name_ == name) {
-    topic = last_topic_;
-    return Outcome::kDone;
-  }
-  if (broker_.find(name) == nullptr && host_.look_up(name, *this)) return Outcome::kParked;
-  topic = last_topic_ = &broker_.topic(name);
-  last_topic_name_ = name;
-  last_deletions_ = broker_.deletions;
-  return Outcome::kDone;
-}
-
-inline V2Session::Outcome V2Session::sub() {
-  const Options& options = broker_.options;
-  if (state_ != State::kInit) return fail(errors::kInvalid, "cannot SUB in current state");
-  if (read_interval_ == kNever) return fail(errors::kInvalid, "cannot SUB with heartbeats disabled");
-  if (words_ < 3) return fail(errors::kInvalid, "SUB insufficient number of parameters");
-  if (!valid_name(word(1))) return fail(errors::kBadTopic, text("SUB topic name ", quoted(word(1)), " is not valid"));
-  if (!valid_name(word(2))) return fail(errors::kBadChannel, text("SUB channel name ", quoted(word(2)), " is not valid"));
-  Topic* topic = nullptr;
-  Outcome outcome = authorize(word(1), word(2));
-  if (outcome == Outcome::kDone && !port.closing) outcome = need_topic(word(1), topic);
-  if (outcome != Outcome::kDone || port.closing) return outcome;
-  Status status;
-  Channel* channel = topic->channel(word(2), status);
-  if (channel == nullptr) return fail(errors::kSub, text("SUB failed ", status.error));
-  if (options.max_channel_consumers > 0 && static_cast<int64_t>(channel->consumers.size()) >= options.max_channel_consumers)
-    return fail(errors::kSub, text("SUB failed consumers for ", word(1), ":", word(2), " exceeds limit of ", options.max_channel_consumers));
-  channel->subscribe(port, info_, to_duration(first_msg_timeout_), first_sample_rate_);
-  state_ = State::kSubscribed;
-  respond("OK");
-  return Outcome::kDone;
-}
-
-inline V2Session::Outcome V2Session::rdy() {
-  if (state_ == State::kClosing) return Outcome::kDone;
-  if (state_ != State::kSubscribed) return fail(errors::kInvalid, "cannot RDY in current state");
-  const auto count = words_ > 1 ? wrapping_decimal(word(1)) : 1;
-  if (!count) return fail(errors::kInvalid, text("RDY could not parse count ", word(1)));
-  const auto rdy = static_cast<int64_t>(*count);
-  if (rdy < 0 || rdy > broker_.options.max_rdy_count) return fail(errors::kInvalid, text("RDY count ", rdy, " out of range 0-", broker_.options.max_rdy_count));
-  if (port.consumer != nullptr) port.consumer->channel.set_ready(*port.consumer, rdy);
-  return Outcome::kDone;
-}
-
-/// The id that FIN, REQ and TOUCH name, where they may be used now; else nothing, and the outcome.
-inline std::optional<MessageId> V2Session::message_id(size_t needed, Outcome& outcome) {
-  if (state_ == State::kInit) outcome = fail(errors::kInvalid, text("cannot ", word(0), " in current state"));
-  else if (words_ < needed) outcome = fail(errors::kInvalid, text(word(0), " insufficient number of params"));
-  else if (word(1).size() != 16) outcome = fail(errors::kInvalid, "invalid message ID");
-  else return MessageId::from(word(1).data());
-  return std::nullopt;
-}
-
-inline V2Session::Outcome V2Session::answer_to_consumer(std::string_view why, const ProtocolError& error) {
-  return why.empty() ? Outcome::kDone : fail(error, text(word(0), " ", word(1), " failed ", why));
-}
-
-inline V2Session::Outcome V2Session::fin() {
-  Outcome outcome = Outcome::kDone;
-  const auto id = message_id(2, outcome);
-  if (!id || port.consumer == nullptr) return outcome;
-  return answer_to_consumer(port.consumer->channel.finish(*port.consumer, *id), errors::kFin);
-}
-
-inline V2Session::Outcome V2Session::req() {
-  Outcome outcome = Outcome::kDone;
-  const auto id = message_id(3, outcome);
-  if (!id) return outcome;
-  const auto ms = wrapping_decimal(word(2));
-  if (!ms) return fail(errors::kInvalid, text("REQ could not parse timeout ", word(2)));
-  if (port.consumer == nullptr) return outcome;
-  const int64_t most = broker_.options.max_req_timeout.count();
-  const auto asked = static_cast<int64_t>(*ms * static_cast<uint64_t>(kMillisecond));  // beyond 292 years it wraps, and may mean now
-  const int64_t delay = std::clamp<int64_t>(asked, 0, most);
-  if (delay != asked) broker_.logger.say(Level::kInfo, "[", info_.address, "] REQ timeout ", asked, " out of range 0-", most, ". Setting to ", delay);
-  return answer_to_consumer(port.consumer->channel.requeue(*port.consumer, *id, delay), errors::kReq);
-}
-
-inline V2Session::Outcome V2Session::touch() {
-  Outcome outcome = Outcome::kDone;
-  const auto id = message_id(2, outcome);
-  if (!id || port.consumer == nullptr) return outcome;
-  return answer_to_consumer(port.consumer->channel.touch(*port.consumer, *id, msg_timeout_), errors::kTouch);
-}
-
-inline V2Session::Outcome V2Session::cls() {
-  if (state_ != State::kSubscribed) return fail(errors::kInvalid, "cannot CLS in current state");
-  if (port.consumer != nullptr) port.consumer->channel.set_ready(*port.consumer, 0);
-  state_ = State::kClosing;
-  respond("CLOSE_WAIT");
-  return Outcome::kDone;
-}
-
-inline V2Session::Outcome V2Session::pub() {
-  if (words_ < 2) return fail(errors::kInvalid, "PUB insufficient number of parameters");
-  if (!valid_name(word(1))) return fail(errors::kBadTopic, text("PUB topic name ", quoted(word(1)), " is not valid"));
-  return publish_one(errors::kPub, 0);
-}
-
-inline V2Session::Outcome V2Session::dpub() {
-  if (words_ < 3) return fail(errors::kInvalid, "DPUB insufficient number of parameters");
-  if (!valid_name(word(1))) return fail(errors::kBadTopic, text("DPUB topic name ", quoted(word(1)), " is not valid"));
-  const auto ms = wrapping_decimal(word(2));
-  if (!ms) return fail(errors::kInvalid, text("DPUB could not parse timeout ", word(2)));
-  const int64_t most = broker_.options.max_req_timeout.count() / kMillisecond;
-  if (*ms > static_cast<uint64_t>(most)) return fail(errors::kInvalid, text("DPUB timeout ", static_cast<int64_t>(*ms), " out of range 0-", most));
-  return publish_one(errors::kDpub, static_cast<int64_t>(*ms) * kMillisecond);
-}
-
-inline V2Session::Outcome V2Session::publish_one(const ProtocolError& failed, int64_t delay) {
-  const std::string_view command = word(0);
-  const auto size = take_number();
-  if (!size) return missing(errors::kBadMessage, text(command, " failed to read message body size"), 4);
-  if (*size <= 0) return fail(errors::kBadMessage, text(command, " invalid message body size ", *size));
-  if (*size > broker_.options.max_msg_size) return fail(errors::kBadMessage, text(command, " message too big ", *size, " > ", broker_.options.max_msg_size));
-  const auto length = static_cast<size_t>(*size);
-  if (body_.size() - body_used_ < length) return missing(errors::kBadMessage, text(command, " failed to read message body"), body_used_ + length);
-  const std::string_view body = body_.substr(body_used_, length);
-  body_used_ += length;
-  Topic* topic = nullptr;
-  Outcome outcome = authorize(word(1), {});
-  if (outcome == Outcome::kDone && !port.closing) outcome = need_topic(word(1), topic);
-  if (outcome != Outcome::kDone || port.closing) return outcome;
-  const Status status = topic->publish(&body, 1, delay);
-  if (!status.ok()) return fail(failed, text(command, " failed ", status.error));
-  published(word(1), 1);
-  respond("OK");
-  return Outcome::kDone;
-}
-
-inline V2Session::Outcome V2Session::mpub() {
-  if (words_ < 2) return fail(errors::kInvalid, "MPUB insufficient number of parameters");
-  if (!valid_name(word(1))) return fail(errors::kBadTopic, text(errors::kBadTopic.code, " MPUB topic name ", quoted(word(1)), " is not valid"));
-  Topic* topic = nullptr;
-  Outcome outcome = authorize(word(1), {});
-  if (outcome == Outcome::kDone && !port.closing) outcome = need_topic(word(1), topic);
-  if (outcome != Outcome::kDone || port.closing) return outcome;
-  std::vector<std::string_view> bodies;
-  outcome = check_mpub(bodies);
-  if (outcome != Outcome::kDone || port.closing) return outcome;
-  const Status status = topic->publish(bodies.data(), bodies.size(), 0);
-  if (!status.ok()) return fail(errors::kMpub, text("MPUB failed ", status.error));
-  published(word(1), bodies.size());
-  respond("OK");
-  return Outcome::kDone;
-}
-
-/// Looks at all messages before any is stored. What was found good is not looked at again when more has arrived.
-inline V2Session::Outcome V2Session::check_mpub(std::vector<std::string_view>& bodies) {
-  const Options& options = broker_.options;
-  const auto size = take_number();
-  if (!size) return missing(errors::kBadBody, "MPUB failed to read body size", 4);
-  if (*size <= 0) return fail(errors::kBadBody, text("MPUB invalid body size ", *size));
-  if (*size > options.max_body_size) return fail(errors::kBadBody, text("MPUB body too big ", *size, " > ", options.max_body_size));
-  const auto count = take_number();
-  if (!count) return missing(errors::kBadBody, "MPUB failed to read message count", 8);
-  if (*count <= 0 || *count > (options.max_body_size - 4) / 5) return fail(errors::kBadBody, text("MPUB invalid message count ", *count));
-  if (mpub_checked_ > 0) body_used_ = mpub_offset_;
-  for (; mpub_checked_ < static_cast<size_t>(*count); ++mpub_checked_, mpub_offset_ = body_used_) {
-    const size_t begin = body_used_;
-    const auto length = take_number();
-    if (!length) return missing(errors::kBadMessage, text("MPUB failed to read message(", mpub_checked_, ") body size"), begin + 4);
-    if (*length <= 0) return fail(errors::kBadMessage, text("MPUB invalid message(", mpub_checked_, ") body size ", *length));
-    if (*length > options.max_msg_size) return fail(errors::kBadMessage, text("MPUB message too big ", *length, " > ", options.max_msg_size));
-    if (body_.size() - body_used_ < static_cast<size_t>(*length)) return missing(errors::kBadMessage, "MPUB failed to read message body", body_used_ + static_cast<size_t>(*length));
-    body_used_ += static_cast<size_t>(*length);
-  }
-  bodies.reserve(mpub_checked_);
-  for (size_t at = 8; at < body_used_;) {
-    const size_t length = get_be<uint32_t>(body_.data() + at);
-    bodies.push_back(body_.substr(at + 4, length));
-    at += 4 + length;
-  }
-  return Outcome::kDone;
-}
-
-inline void V2Session::published(std::string_view topic, size_t messages) {
-  if (published_.empty() || published_.back().first != topic) {
-    auto found = std::find_if(published_.begin(), published_.end(), [&](const auto& entry) { return entry.first == topic; });
-    if (found == published_.end()) published_.emplace_back(topic, 0);
-    else std::swap(*found, published_.back());
-  }
-  published_.back().second += messages;
-}
-
-inline void V2Session::drained() {
-  if (port.consumer != nullptr && !port.consumer->listed) port.consumer->channel.consider(*port.consumer);
-}
-
-/// One timer for the heartbeat and the read deadline.
-inline void V2Session::set_timer() {
-  const int64_t patience = !magic_seen_ ? 2 * kDefaultHeartbeat : read_interval_ == kNever ? kNever : 2 * read_interval_;
-  int64_t beat = next_heartbeat_;
-  if (beat != kNever) {  // rounded up, so that the heartbeats of many clients share a turn of the loop
-    const int64_t grain = heartbeat_interval_ < 8 * kSecond ? kSecond / 4 : kSecond;
-    beat = (beat + grain - 1) / grain * grain;
-  }
-  timer_.set(std::min(beat, patience == kNever ? kNever : last_command_ + patience));
-}
-
-inline void V2Session::on_timer() {
-  const int64_t now = broker_.now.steady;
-  const int64_t patience = !magic_seen_ ? 2 * kDefaultHeartbeat : read_interval_ == kNever ? kNever : 2 * read_interval_;
-  if (patience != kNever && now - last_command_ >= patience && !parked) {
-    broker_.logger.say(Level::kError, "client(", info_.address, ") - i/o timeout");
-    late = true;
-    port.attend();
-    return;
-  }
-  if (now >= next_heartbeat_) {
-    const bool stuck = !port.out.empty() && written == written_at_heartbeat_;
-    written_at_heartbeat_ = written;
-    next_heartbeat_ = std::max(next_heartbeat_ + heartbeat_interval_, now);
-    if (stuck) port.dropped = true;  // the write deadline: nothing went out for a whole interval
-    else respond("_heartbeat_");
-    port.attend();
-  }
-  set_timer();
-}
-
-inline ClientStats V2Session::stats() const {
-  ClientStats shown;
-  shown.client_id = info_.client_id;
-  shown.hostname = info_.hostname;
-  shown.user_agent = info_.user_agent;
-  shown.remote_address = info_.address;
-  shown.topology_region = info_.topology_region;
-  shown.topology_zone = info_.topology_zone;
-  shown.state = static_cast<int>(state_);
-  if (const Consumer* consumer = port.consumer) {
-    shown.ready_count = consumer->rdy;
-    shown.in_flight_count = consumer->in_flight;
-    shown.message_count = static_cast<int64_t>(consumer->delivered);
-    shown.finish_count = static_cast<int64_t>(consumer->finished);
-    shown.requeue_count = static_cast<int64_t>(consumer->requeued);
-  }
-  shown.connected_at = connected_wall_ / kSecond;
-  shown.connected_for = broker_.now.steady - connected_steady_;
-  shown.sample_rate = sample_rate_;
-  if (grant_ != nullptr) {
-    shown.authed = true;
-    shown.auth_identity = grant_->identity;
-    shown.auth_identity_url = grant_->identity_url;
-  }
-  shown.pub_counts = published_;
-  return shown;
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // [10] Statistics
@@ -3900,50 +3834,38 @@ struct StatsQuery {
   bool include_clients = true, include_memory = true;
 };
 
-inline ChannelStats channel_stats(Channel& channel, bool include_clients, int64_t now, LatencySketch* merged) {
-  ChannelStats shown;
-  shown.name = channel.name;
-  shown.depth = channel.depth();
-  shown.backend_depth = channel.backend_depth();
-  shown.in_flight_count = channel.in_flight_count();
-  shown.deferred_count = channel.deferred_count();
-  shown.message_count = channel.message_count();
-  shown.requeue_count = channel.requeue_count;
-  shown.timeout_count = channel.timeout_count;
-  shown.zone_local_count = channel.zone_local_count;
-  shown.region_local_count = channel.region_local_count;
-  shown.global_count = channel.global_count;
-  shown.client_count = static_cast<int64_t>(channel.consumers.size());
-  shown.paused = channel.paused;
+inline ChannelStats channel_stats(const Channel& channel, bool include_clients, LatencySketch& merged) {
+  const Broker& broker = channel.topic.broker;
+  ChannelStats shown{channel.name, channel.depth(), channel.backend_depth(), channel.in_flight_count(), channel.deferred_count(),
+                     channel.message_count(), channel.requeue_count, channel.timeout_count, channel.zone_local_count,
+                     channel.region_local_count, channel.global_count, static_cast<int64_t>(channel.consumers.size()),
+                     {}, channel.paused, {}};
   if (include_clients)
     for (const auto& consumer : channel.consumers) shown.clients.push_back(consumer->port->session->stats());
   if (channel.latency != nullptr) {
-    shown.latency = channel.latency->stats(channel.topic.broker.options.e2e_processing_latency_percentile, now);
-    merged->merge(*channel.latency, now);
+    shown.latency = channel.latency->stats(broker.options.e2e_processing_latency_percentile, broker.now.steady);
+    merged.merge(*channel.latency, broker.now.steady);
   }
   return shown;
 }
 
+inline TopicStats topic_stats(const Topic& topic, const StatsQuery& query) {
+  const Broker& broker = topic.broker;
+  TopicStats shown{topic.name, topic.depth(), topic.backend_depth(), topic.message_count, topic.message_bytes, topic.paused, {}, {}};
+  LatencySketch merged(broker.options.e2e_processing_latency_window_time.count());
+  for (const auto& [name, channel] : topic.channels)
+    if (query.channel.empty() || query.channel == name) shown.channels.push_back(channel_stats(*channel, query.include_clients, merged));
+  if (!shown.channels.empty()) shown.latency = merged.stats(broker.options.e2e_processing_latency_percentile, broker.now.steady);
+  return shown;
+}
+
 inline Stats take_stats(const Host& host, const StatsQuery& query) {
-  Broker& broker = host.broker;
-  const Options& options = broker.options;
   Stats stats;
-  stats.health = broker.storage.health();
+  stats.health = host.broker.storage.health();
   stats.start_time = host.started_wall / kSecond;
-  for (auto& [name, topic] : broker.topics) {
-    if ((!query.topic.empty() && query.topic != name) || (!query.channel.empty() && topic->find(query.channel) == nullptr)) continue;
-    TopicStats shown;
-    shown.name = name;
-    shown.depth = topic->depth();
-    shown.backend_depth = topic->backend_depth();
-    shown.message_count = topic->message_count;
-    shown.message_bytes = topic->message_bytes;
-    shown.paused = topic->paused;
-    LatencySketch merged(options.e2e_processing_latency_window_time.count());
-    for (auto& [channel_name, channel] : topic->channels)
-      if (query.channel.empty() || query.channel == channel_name) shown.channels.push_back(channel_stats(*channel, query.include_clients, broker.now.steady, &merged));
-    if (!shown.channels.empty()) shown.latency = merged.stats(options.e2e_processing_latency_percentile, broker.now.steady);
-    stats.topics.push_back(std::move(shown));
+  for (const auto& [name, topic] : host.broker.topics) {
+    const bool wanted = (query.topic.empty() || query.topic == name) && (query.channel.empty() || topic->find(query.channel) != nullptr);
+    if (wanted) stats.topics.push_back(topic_stats(*topic, query));
   }
   if (query.include_clients)
     host.each_client([&](const V2Session& client) {
@@ -3960,19 +3882,25 @@ inline std::vector<std::pair<std::string, int64_t>> memory_figures() {
     if (std::fscanf(statm, "%lld %lld %lld", &total, &resident, &shared) == 3) in_use = (resident - shared) * ::sysconf(_SC_PAGESIZE);
     std::fclose(statm);
   }
-  return {{"heap_objects", 0},      {"heap_idle_bytes", 0},   {"heap_in_use_bytes", in_use}, {"heap_released_bytes", 0}, {"gc_pause_usec_100", 0},
-          {"gc_pause_usec_99", 0}, {"gc_pause_usec_95", 0}, {"next_gc_bytes", 0},           {"gc_total_runs", 0}};
+  return {{"heap_objects", 0},      {"heap_idle_bytes", 0},  {"heap_in_use_bytes", in_use},
+          {"heap_released_bytes", 0}, {"gc_pause_usec_100", 0}, {"gc_pause_usec_99", 0},
+          {"gc_pause_usec_95", 0},  {"next_gc_bytes", 0},    {"gc_total_runs", 0}};
+}
+
+/// A member that is a list, or null.
+template <typename Items, typename Write>
+void write_list(JsonWriter& json, std::string_view key, bool null, const Items& items, Write&& write) {
+  if (null) return void(json.key(key).raw("null"));
+  json.key(key).open('[');
+  for (const auto& item : items) write(item);
+  json.close(']');
 }
 
 inline void write_latency(JsonWriter& json, const LatencyStats& latency) {
-  json.key("e2e_processing_latency").open('{').member("count", latency.count).key("percentiles");
-  if (latency.percentiles.empty()) {
-    json.raw("null");
-  } else {
-    json.open('[');
-    for (const auto& [quantile, value] : latency.percentiles) json.open('{').member("quantile", quantile).member("value", value).close('}');
-    json.close(']');
-  }
+  json.key("e2e_processing_latency").open('{').member("count", latency.count);
+  write_list(json, "percentiles", latency.percentiles.empty(), latency.percentiles, [&json](const auto& entry) {
+    json.open('{').member("quantile", entry.first).member("value", entry.second).close('}');
+  });
   json.close('}');
 }
 
@@ -3986,85 +3914,82 @@ inline void write_client(JsonWriter& json, const ClientStats& client, const Stat
   if (!client.auth_identity.empty()) json.member("auth_identity", client.auth_identity);
   if (!client.auth_identity_url.empty()) json.member("auth_identity_url", client.auth_identity_url);
   json.member("topology_zone", client.topology_zone).member("topology_region", client.topology_region);
-  const auto shown = [&](const auto& entry) { return query.topic.empty() || query.topic == entry.first; };
-  if (std::any_of(client.pub_counts.begin(), client.pub_counts.end(), shown)) {
-    json.key("pub_counts").open('[');
-    for (const auto& entry : client.pub_counts)
-      if (shown(entry)) json.open('{').member("topic", entry.first).member("count", entry.second).close('}');
-    json.close(']');
-  }
+  auto counts = client.pub_counts;
+  const auto hidden = [&](const auto& entry) { return !query.topic.empty() && query.topic != entry.first; };
+  counts.erase(std::remove_if(counts.begin(), counts.end(), hidden), counts.end());
+  if (!counts.empty())
+    write_list(json, "pub_counts", false, counts, [&json](const auto& entry) {
+      json.open('{').member("topic", entry.first).member("count", entry.second).close('}');
+    });
   json.member("tls", false).member("tls_cipher_suite", "").member("tls_version", "").member("tls_negotiated_protocol", "");
   json.member("tls_negotiated_protocol_is_mutual", false).close('}');
 }
 
 inline void write_channel(JsonWriter& json, const ChannelStats& channel, const StatsQuery& query) {
   json.open('{').member("channel_name", channel.name).member("depth", channel.depth).member("backend_depth", channel.backend_depth);
-  json.member("in_flight_count", channel.in_flight_count).member("deferred_count", channel.deferred_count).member("message_count", channel.message_count);
+  json.member("in_flight_count", channel.in_flight_count).member("deferred_count", channel.deferred_count);
+  json.member("message_count", channel.message_count);
   if (channel.zone_local_count > 0) json.member("zone_local_msg_count", channel.zone_local_count);
   if (channel.region_local_count > 0) json.member("region_local_msg_count", channel.region_local_count);
   if (channel.global_count > 0) json.member("global_msg_count", channel.global_count);
-  json.member("requeue_count", channel.requeue_count).member("timeout_count", channel.timeout_count).member("client_count", channel.client_count);
-  json.key("clients");
-  if (query.include_clients) {
-    json.open('[');
-    for (const ClientStats& client : channel.clients) write_client(json, client, query);
-    json.close(']');
-  } else {
-    json.raw("null");
-  }
+  json.member("requeue_count", channel.requeue_count).member("timeout_count", channel.timeout_count);
+  json.member("client_count", channel.client_count);
+  const auto write = [&](const ClientStats& client) { write_client(json, client, query); };
+  write_list(json, "clients", !query.include_clients, channel.clients, write);
   json.member("paused", channel.paused);
   write_latency(json, channel.latency);
   json.close('}');
 }
 
+inline void write_topic(JsonWriter& json, const TopicStats& topic, const StatsQuery& query) {
+  json.open('{').member("topic_name", topic.name);
+  write_list(json, "channels", false, topic.channels, [&](const ChannelStats& channel) { write_channel(json, channel, query); });
+  json.member("depth", topic.depth).member("backend_depth", topic.backend_depth).member("message_count", topic.message_count);
+  json.member("message_bytes", topic.message_bytes).member("paused", topic.paused);
+  write_latency(json, topic.latency);
+  json.close('}');
+}
+
 inline std::string stats_json(const Stats& stats, const StatsQuery& query, bool topic_known) {
   JsonWriter json;
-  json.open('{').member("version", kProtocolVersion).member("health", stats.health).member("start_time", stats.start_time).key("topics");
-  if (topic_known) {
-    json.open('[');
-    for (const TopicStats& topic : stats.topics) {
-      json.open('{').member("topic_name", topic.name).key("channels").open('[');
-      for (const ChannelStats& channel : topic.channels) write_channel(json, channel, query);
-      json.close(']').member("depth", topic.depth).member("backend_depth", topic.backend_depth);
-      json.member("message_count", topic.message_count).member("message_bytes", topic.message_bytes).member("paused", topic.paused);
-      write_latency(json, topic.latency);
-      json.close('}');
-    }
-    json.close(']');
-  } else {
-    json.raw("null");
-  }
+  json.open('{').member("version", kProtocolVersion).member("health", stats.health).member("start_time", stats.start_time);
+  write_list(json, "topics", !topic_known, stats.topics, [&](const TopicStats& topic) { write_topic(json, topic, query); });
   if (query.include_memory) {
     json.key("memory").open('{');
     for (const auto& [name, figure] : memory_figures()) json.member(name, figure);
     json.close('}');
   }
-  json.key("producers");
-  if (stats.producers.empty()) return json.raw("null").close('}').out;
-  json.open('[');
-  for (const ClientStats& client : stats.producers) write_client(json, client, query);
-  return json.close(']').close('}').out;
+  const auto write = [&](const ClientStats& client) { write_client(json, client, query); };
+  write_list(json, "producers", stats.producers.empty(), stats.producers, write);
+  return json.close('}').out;
 }
 
 inline std::string build_text() {
 #if defined(__clang__)
-  return text("nsqd v", kProtocolVersion, " (nsqd.hpp ", kVersion, ", built w/clang++ ", __clang_major__, ".", __clang_minor__, ")");
+  const std::string compiler = text("clang++ ", __clang_major__, ".", __clang_minor__);
 #else
-  return text("nsqd v", kProtocolVersion, " (nsqd.hpp ", kVersion, ", built w/g++ ", __GNUC__, ".", __GNUC_MINOR__, ")");
+  const std::string compiler = text("g++ ", __GNUC__, ".", __GNUC_MINOR__);
 #endif
+  return text("nsqd v", kProtocolVersion, " (nsqd.hpp ", kVersion, ", built w/", compiler, ")");
 }
 
+inline std::string time_text(const char* format, const tm& time) {
+  std::array<char, 48> shown{};
+  return std::string(shown.data(), std::strftime(shown.data(), shown.size(), format, &time));
+}
+
+/// A label and its value, the value filled up to a width.
 template <typename Value>
-std::string padded(const Value& value, size_t width) {
-  std::string shown = text(value);
-  if (shown.size() < width) shown.append(width - shown.size(), ' ');
-  return shown;
+std::string column(std::string_view label, const Value& value, size_t width) {
+  const std::string shown = text(value);
+  return text(label, shown, std::string(width - std::min(width, shown.size()), ' '));
 }
 
 inline std::string latency_text(const LatencyStats& latency) {
+  using Unit = std::pair<int64_t, std::string_view>;
+  static constexpr std::array<Unit, 4> kUnits = {{{kSecond, "s"}, {kMillisecond, "ms"}, {kMicrosecond, "us"}, {1, "ns"}}};
   std::string shown;
   for (const auto& [quantile, value] : latency.percentiles) {
-    static constexpr std::array<std::pair<int64_t, std::string_view>, 4> kUnits = {{{kSecond, "s"}, {kMillisecond, "ms"}, {kMicrosecond, "us"}, {1, "ns"}}};
     const auto unit = *std::find_if(kUnits.begin(), kUnits.end() - 1, [v = value](const auto& u) { return v > u.first; });
     std::array<char, 40> number{};
     std::snprintf(number.data(), number.size(), "%.1f", static_cast<double>(value) / static_cast<double>(unit.first));
@@ -4077,43 +4002,50 @@ inline std::string client_text(const ClientStats& client) {
   const size_t colon = client.remote_address.rfind(':');
   const std::string port = colon == std::string::npos ? "" : client.remote_address.substr(colon + 1);
   const std::string name = text(client.hostname, ":", port, client.user_agent.empty() ? "" : " ", client.user_agent);
-  const std::string connected = duration_text(client.connected_for / kSecond * kSecond);
-  if (client.pub_counts.empty())
-    return text("[V2 ", padded(name, 21), "] state: ", client.state, " inflt: ", padded(client.in_flight_count, 4), " rdy: ", padded(client.ready_count, 4),
-                " fin: ", padded(client.finish_count, 8), " re-q: ", padded(client.requeue_count, 8), " msgs: ", padded(client.message_count, 8), " connected: ", connected, "\n");
+  std::string shown = column("[V2 ", name, 21) + "]";
   uint64_t total = 0;
   std::string topics;
   for (const auto& [topic, count] : client.pub_counts) {
     total += count;
     topics += text(topics.empty() ? "" : ",", topic, "=", count);
   }
-  return text("[V2 ", padded(name, 21), "] msgs: ", padded(total, 8), " topics: ", topics, " connected: ", connected, "\n");
+  if (!topics.empty())
+    shown += text(column(" msgs: ", total, 8), " topics: ", topics);
+  else
+    shown += text(" state: ", client.state, column(" inflt: ", client.in_flight_count, 4), column(" rdy: ", client.ready_count, 4),
+                  column(" fin: ", client.finish_count, 8), column(" re-q: ", client.requeue_count, 8),
+                  column(" msgs: ", client.message_count, 8));
+  return text(shown, " connected: ", duration_text(client.connected_for / kSecond * kSecond), "\n");
+}
+
+inline std::string channel_text(const ChannelStats& channel) {
+  std::string out = text(channel.paused ? "   *P " : "      ", column("[", channel.name, 25), column("] depth: ", channel.depth, 5),
+                         column(" be-depth: ", channel.backend_depth, 5), column(" inflt: ", channel.in_flight_count, 4),
+                         column(" def: ", channel.deferred_count, 4), column(" re-q: ", channel.requeue_count, 5),
+                         column(" timeout: ", channel.timeout_count, 5), column(" msgs: ", channel.message_count, 8),
+                         " e2e%: ", latency_text(channel.latency), "\n");
+  for (const ClientStats& client : channel.clients) out += "        " + client_text(client);
+  return out;
 }
 
 inline std::string stats_text(const Stats& stats, const StatsQuery& query, const Now& now, int64_t started_wall) {
   const time_t started = static_cast<time_t>(stats.start_time);
   tm local{};
-  ::localtime_r(&started, &local);
-  std::array<char, 48> stamp{};
-  std::strftime(stamp.data(), stamp.size(), "%Y-%m-%dT%H:%M:%S%z", &local);
-  std::string zone(stamp.data());
-  if (ends_with(zone, "+0000")) zone.replace(zone.size() - 5, 5, "Z");
-  else zone.insert(zone.size() - 2, ":");
-  std::string out = text(build_text(), "\nstart_time ", zone, "\nuptime ", duration_text(std::max<int64_t>(0, now.wall - started_wall)), "\n\nHealth: ", stats.health, "\n");
+  std::string start = time_text("%Y-%m-%dT%H:%M:%S%z", *::localtime_r(&started, &local));
+  if (ends_with(start, "+0000")) start.replace(start.size() - 5, 5, "Z");
+  else start.insert(start.size() - 2, ":");
+  const std::string uptime = duration_text(std::max<int64_t>(0, now.wall - started_wall));
+  std::string out = text(build_text(), "\nstart_time ", start, "\nuptime ", uptime, "\n\nHealth: ", stats.health, "\n");
   if (query.include_memory) {
     out += "\nMemory:\n";
-    for (const auto& [name, figure] : memory_figures()) out += text("   ", padded(name, 25), "\t", figure, "\n");
+    for (const auto& [name, figure] : memory_figures()) out += text(column("   ", name, 25), "\t", figure, "\n");
   }
   out += stats.topics.empty() ? "\nTopics: None\n" : "\nTopics:";
   for (const TopicStats& topic : stats.topics) {
-    out += text("\n", topic.paused ? "*P " : "   ", "[", padded(topic.name, 15), "] depth: ", padded(topic.depth, 5), " be-depth: ", padded(topic.backend_depth, 5),
-                " msgs: ", padded(topic.message_count, 8), " e2e%: ", latency_text(topic.latency), "\n");
-    for (const ChannelStats& channel : topic.channels) {
-      out += text(channel.paused ? "   *P " : "      ", "[", padded(channel.name, 25), "] depth: ", padded(channel.depth, 5), " be-depth: ", padded(channel.backend_depth, 5),
-                  " inflt: ", padded(channel.in_flight_count, 4), " def: ", padded(channel.deferred_count, 4), " re-q: ", padded(channel.requeue_count, 5),
-                  " timeout: ", padded(channel.timeout_count, 5), " msgs: ", padded(channel.message_count, 8), " e2e%: ", latency_text(channel.latency), "\n");
-      for (const ClientStats& client : channel.clients) out += "        " + client_text(client);
-    }
+    out += text("\n", topic.paused ? "*P " : "   ", column("[", topic.name, 15), column("] depth: ", topic.depth, 5),
+                column(" be-depth: ", topic.backend_depth, 5), column(" msgs: ", topic.message_count, 8),
+                " e2e%: ", latency_text(topic.latency), "\n");
+    for (const ChannelStats& channel : topic.channels) out += channel_text(channel);
   }
   out += stats.producers.empty() ? "\nProducers: None\n" : "\nProducers:\n";
   for (const ClientStats& client : stats.producers) out += "   " + client_text(client);
@@ -4123,46 +4055,50 @@ inline std::string stats_text(const Stats& stats, const StatsQuery& query, const
 /// The metrics of one push, and what the next one has to subtract.
 class StatsdFeed {
  public:
-  /// Packets of whole lines, none longer than `packet_size` unless a single line is.
+  /// Packets of whole lines, none longer than the options have it unless a single line is.
   std::vector<std::string> packets(const Stats& stats, const Options& options, const std::string& prefix) {
     lines_.clear();
     prefix_ = prefix;
-    std::map<std::string, uint64_t> counters;
+    const auto hidden = [&](const std::string& name) { return options.statsd_exclude_ephemeral && is_ephemeral(name); };
     for (const TopicStats& topic : stats.topics) {
-      if (options.statsd_exclude_ephemeral && is_ephemeral(topic.name)) continue;
-      const std::string name = text("topic.", topic.name, ".");
-      counter(name + "message_count", topic.message_count, counters);
-      counter(name + "message_bytes", topic.message_bytes, counters);
-      gauges(name, {{"depth", topic.depth}, {"backend_depth", topic.backend_depth}}, topic.latency);
-      for (const ChannelStats& channel : topic.channels) {
-        if (options.statsd_exclude_ephemeral && is_ephemeral(channel.name)) continue;
-        const std::string of = text(name, "channel.", channel.name, ".");
-        counter(of + "message_count", channel.message_count, counters);
-        counter(of + "requeue_count", channel.requeue_count, counters);
-        counter(of + "timeout_count", channel.timeout_count, counters);
-        gauges(of, {{"depth", channel.depth}, {"backend_depth", channel.backend_depth}, {"in_flight_count", channel.in_flight_count},
-                    {"deferred_count", channel.deferred_count}, {"clients", channel.client_count}}, channel.latency);
-      }
+      if (hidden(topic.name)) continue;
+      const std::string of = text("topic.", topic.name, ".");
+      counters(of, {{"message_count", topic.message_count}, {"message_bytes", topic.message_bytes}});
+      gauges(of, {{"depth", topic.depth}, {"backend_depth", topic.backend_depth}}, topic.latency);
+      for (const ChannelStats& channel : topic.channels)
+        if (!hidden(channel.name)) add_channel(text(of, "channel.", channel.name, "."), channel);
     }
-    if (options.statsd_mem_stats)
-      for (const auto& [name, figure] : memory_figures())
-        if (name != "gc_total_runs") gauges("mem.", {{name, figure}}, {});
-    if (options.statsd_mem_stats) counter("mem.gc_runs", 0, counters);
-    last_ = std::move(counters);
+    if (options.statsd_mem_stats) {
+      auto figures = memory_figures();
+      figures.pop_back();  // gc_total_runs, which is a counter
+      gauges("mem.", figures, {});
+      counters("mem.", {{"gc_runs", 0}});
+    }
+    last_ = std::exchange(counted_, {});
     return packed(static_cast<size_t>(std::max<int64_t>(options.statsd_udp_packet_size, 1)));
   }
 
  private:
-  void counter(const std::string& name, uint64_t value, std::map<std::string, uint64_t>& counters) {
-    counters[name] = value;
-    const auto before = last_.find(name);
-    lines_.push_back(text(prefix_, name, ":", static_cast<int64_t>(value - (before == last_.end() ? 0 : before->second)), "|c\n"));
+  void add_channel(const std::string& of, const ChannelStats& channel) {
+    counters(of, {{"message_count", channel.message_count}, {"requeue_count", channel.requeue_count},
+                  {"timeout_count", channel.timeout_count}});
+    gauges(of, {{"depth", channel.depth}, {"backend_depth", channel.backend_depth}, {"in_flight_count", channel.in_flight_count},
+                {"deferred_count", channel.deferred_count}, {"clients", channel.client_count}}, channel.latency);
   }
+
+  void counters(const std::string& of, const std::vector<std::pair<std::string, uint64_t>>& values) {
+    for (const auto& [name, value] : values) {
+      counted_[of + name] = value;
+      lines_.push_back(text(prefix_, of, name, ":", static_cast<int64_t>(value - last_[of + name]), "|c\n"));
+    }
+  }
+
   void gauges(const std::string& of, const std::vector<std::pair<std::string, int64_t>>& values, const LatencyStats& latency) {
     for (const auto& [name, value] : values) lines_.push_back(text(prefix_, of, name, ":", value, "|g\n"));
     for (const auto& [quantile, value] : latency.percentiles)
       lines_.push_back(text(prefix_, of, "e2e_processing_latency_", static_cast<int64_t>(std::lround(quantile * 100)), ":", value, "|g\n"));
   }
+
   std::vector<std::string> packed(size_t packet_size) const {
     std::vector<std::string> packets;
     for (const std::string& line : lines_) {
@@ -4171,46 +4107,80 @@ class StatsdFeed {
     }
     return packets;
   }
+
   std::string prefix_;
   std::vector<std::string> lines_;
-  std::map<std::string, uint64_t> last_;
+  std::map<std::string, uint64_t> last_, counted_;
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
 // [11] HTTP
 //
 // A server for HTTP/1.1 and 1.0: keep-alive, pipelining, chunked bodies, Expect: 100-continue; then nsqd's endpoints, one
-// handler each, found in one table.
+// row each in one table.
 // Always: requests are answered in their order; nothing of a request is acted on before all of it has arrived.
 // ---------------------------------------------------------------------------------------------------------------------
+
+/// Takes what comes before the first `separator` from the front of `rest`, and the separator with it.
+inline std::string_view cut(std::string_view& rest, char separator) {
+  const std::string_view part = rest.substr(0, rest.find(separator));
+  rest.remove_prefix(std::min(rest.size(), part.size() + 1));
+  return part;
+}
+
+inline std::optional<size_t> hex_number(std::string_view digits) {
+  const bool good = !digits.empty() && digits.size() <= 8 && digits.find_first_not_of("0123456789abcdefABCDEF") == digits.npos;
+  return good ? std::optional<size_t>(std::stoul(std::string(digits), nullptr, 16)) : std::nullopt;
+}
+
+/// Undoes percent-encoding; in a query, + is a blank. Nothing where an escape is broken.
+inline std::optional<std::string> percent_decoded(std::string_view encoded, bool in_query) {
+  std::string out;
+  for (size_t i = 0; i < encoded.size(); ++i) {
+    out += in_query && encoded[i] == '+' ? ' ' : encoded[i];
+    if (encoded[i] != '%') continue;
+    const auto byte = hex_number(encoded.substr(i + 1, 2));
+    if (!byte || encoded.size() - i < 3) return std::nullopt;
+    out.back() = static_cast<char>(*byte);
+    i += 2;
+  }
+  return out;
+}
+
+inline std::string percent_encoded(std::string_view plain) {
+  std::string out;  // what names are made of needs no escape
+  for (char c : plain) out += c == '~' || valid_name({&c, 1}) ? std::string(1, c) : hex_escape("%", static_cast<uint8_t>(c), 2);
+  return out;
+}
 
 struct HttpHeaders {
   std::vector<std::pair<std::string, std::string>> list;
 
-  const std::string* find(std::string_view name) const {
+  std::vector<std::string_view> all(std::string_view name) const {
+    std::vector<std::string_view> values;
     for (const auto& [key, value] : list)
-      if (same_word(key, name)) return &value;
-    return nullptr;
+      if (same_word(key, name)) values.push_back(value);
+    return values;
   }
+
+  const std::string* find(std::string_view name) const {
+    const auto found = std::find_if(list.begin(), list.end(), [&](const auto& header) { return same_word(header.first, name); });
+    return found == list.end() ? nullptr : &found->second;
+  }
+
   /// Whether a header is a list that has this word in it.
   bool has(std::string_view name, std::string_view wanted) const {
-    for (const auto& [key, value] : list) {
-      if (!same_word(key, name)) continue;
-      for (std::string_view rest = value; !rest.empty();) {
-        const size_t comma = rest.find(',');
-        if (same_word(trimmed(rest.substr(0, comma)), wanted)) return true;
-        rest = comma == rest.npos ? std::string_view() : rest.substr(comma + 1);
-      }
-    }
+    for (std::string_view rest : all(name))
+      while (!rest.empty())
+        if (same_word(trimmed(cut(rest, ',')), wanted)) return true;
     return false;
   }
+
   /// Takes the lines behind the first one; false where one is not a header.
   bool parse(std::string_view lines) {
     while (!lines.empty()) {
-      std::string_view line = lines.substr(0, lines.find('\n'));
-      lines.remove_prefix(std::min(lines.size(), line.size() + 1));
-      if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
-      if (line.empty()) continue;
+      std::string_view line = cut(lines, '\n');
+      if (line.empty() || line == "\r") continue;
       const size_t colon = line.find(':');
       if (colon == line.npos || colon == 0 || line.substr(0, colon).find_first_of(" \t\"(),/;<=>?@[\\]{}") != line.npos) return false;
       list.emplace_back(line.substr(0, colon), trimmed(line.substr(colon + 1)));
@@ -4223,64 +4193,108 @@ struct HttpHeaders {
 struct ChunkDecoder {
   enum class Result { kMore, kDone, kBad };
   std::string body = {};
-  size_t left = 0;       // of the chunk at hand, with its line end
-  bool trailer = false;  // the last chunk was seen
 
   Result feed(std::string_view input, size_t& used, size_t most) {
     for (used = 0;;) {
-      const std::string_view rest = input.substr(used);
-      if (left > 2) {
-        const size_t size = std::min(rest.size(), left - 2);
-        body.append(rest.data(), size);
-        used += size;
-        left -= size;
-        if (left > 2) return Result::kMore;
-        continue;
-      }
-      const size_t end = rest.find('\n');
-      if (end == rest.npos) return rest.size() > 4096 ? Result::kBad : Result::kMore;
-      const std::string_view line = trimmed(rest.substr(0, end));
-      used += end + 1;
-      if (trailer) {
-        if (line.empty()) return Result::kDone;
-      } else if (left > 0) {
-        if (!line.empty()) return Result::kBad;
-        left = 0;
-      } else if (!begin_chunk(line, most)) {
-        return Result::kBad;
-      }
+      const size_t data = std::min(input.size() - used, left_);
+      body.append(input.data() + used, data);
+      used += data;
+      left_ -= data;
+      const size_t end = left_ > 0 ? input.npos : input.find('\n', used);
+      if (end == input.npos) return left_ == 0 && input.size() - used > kLongestLine ? Result::kBad : Result::kMore;
+      const std::string_view line = trimmed(input.substr(used, end - used));
+      used = end + 1;
+      if (next_ == Line::kTrailer && line.empty()) return Result::kDone;
+      if (next_ == Line::kEndOfData && !line.empty()) return Result::kBad;
+      if (next_ == Line::kSize && !begin_chunk(line, most)) return Result::kBad;
+      if (next_ != Line::kTrailer) next_ = left_ > 0 ? Line::kEndOfData : Line::kSize;
     }
   }
 
  private:
+  static constexpr size_t kLongestLine = 4096;
+  enum class Line { kSize, kEndOfData, kTrailer };
+
   bool begin_chunk(std::string_view line, size_t most) {
-    const std::string_view digits = trimmed(line.substr(0, line.find(';')));
-    if (digits.empty() || digits.size() > 8) return false;
-    size_t size = 0;
-    for (char c : digits) {
-      const size_t digit = std::string_view("0123456789abcdef").find(lower(c));
-      if (digit == std::string_view::npos) return false;
-      size = size * 16 + digit;
-    }
-    if (body.size() + size > most) return false;
-    if (size == 0) trailer = true;
-    else left = size + 2;
-    return true;
+    const auto size = hex_number(trimmed(line.substr(0, line.find(';'))));
+    left_ = size.value_or(0);
+    if (left_ == 0) next_ = Line::kTrailer;
+    return size && body.size() + left_ <= most;
   }
+  size_t left_ = 0;  // of the chunk at hand
+  Line next_ = Line::kSize;
 };
 
 struct HttpRequest {
-  std::string method, path, raw_path, query;
-  int minor = 1;  // of HTTP/1.x
+  std::string method, raw_path, path, query;  // path: decoded
+  int minor = 1;                              // of HTTP/1.x
   HttpHeaders headers;
-  std::string body;
   bool keep_alive = true;
   std::map<std::string, std::string> parameters;  // the first of each name
   bool query_valid = true;
+  bool chunked = false;
+  size_t length = 0;  // of the body, where it is not chunked
+  std::string body;
 
   const std::string* parameter(const std::string& name) const {
     const auto found = parameters.find(name);
     return found == parameters.end() ? nullptr : &found->second;
+  }
+  std::string value(const std::string& name) const { return parameter(name) == nullptr ? std::string() : *parameter(name); }
+  bool wanted(const std::string& name) const { return value(name) != "false" && value(name) != "0"; }
+
+  /// Reads request line and headers; the status of the refusal where they are wrong, else 0.
+  int parse(std::string_view head) {
+    if (const int wrong = parse_request_line(trimmed(cut(head, '\n')))) return wrong;
+    if (!headers.parse(head)) return 400;
+    const size_t hosts = headers.all("Host").size();
+    if (hosts > 1 || (hosts == 0 && minor > 0)) return 400;
+    keep_alive = minor > 0 ? !headers.has("Connection", "close") : headers.has("Connection", "keep-alive");
+    parse_query();
+    return parse_length();
+  }
+
+ private:
+  int parse_request_line(std::string_view line) {
+    method = cut(line, ' ');
+    std::string_view target = cut(line, ' ');
+    const auto digit = [&line](size_t at) { return line[at] >= '0' && line[at] <= '9'; };
+    if (line.size() != 8 || line.substr(0, 5) != "HTTP/" || !digit(5) || line[6] != '.' || !digit(7)) return 400;
+    if (line[5] != '1') return 505;
+    minor = line[7] - '0';
+    if (target.substr(0, 7) == "http://") {
+      const size_t slash = target.find('/', 7);
+      target = slash == target.npos ? "/" : target.substr(slash);
+    }
+    if (target != "*" && target.substr(0, 1) != "/") return 400;
+    raw_path = cut(target, '?');
+    query = target;
+    const auto decoded = percent_decoded(raw_path, false);
+    path = decoded.value_or(std::string());
+    return decoded ? 0 : 400;
+  }
+
+  void parse_query() {
+    for (std::string_view rest = query; !rest.empty();) {
+      std::string_view pair = cut(rest, '&');
+      if (pair.empty()) continue;
+      const bool separated = pair.find(';') != pair.npos;  // as once was usual; Go refuses it
+      const auto name = percent_decoded(cut(pair, '='), true);
+      const auto value = percent_decoded(pair, true);
+      if (!name || !value || separated) query_valid = false;
+      else parameters.emplace(*name, *value);
+    }
+  }
+
+  int parse_length() {
+    const auto lengths = headers.all("Content-Length"), codings = headers.all("Transfer-Encoding");
+    chunked = !codings.empty();
+    for (std::string_view value : lengths) {
+      const auto parsed = decimal(value);
+      if (chunked || !parsed || parsed != decimal(lengths.front())) return 400;  // requests are smuggled so: never guess
+      length = static_cast<size_t>(*parsed);
+    }
+    return chunked && !same_word(codings.front(), "chunked") ? 501 : 0;
   }
 };
 
@@ -4291,46 +4305,22 @@ struct HttpResponse {
   std::string extra = {};      // whole header lines
   bool nsq_header = true;
 
+  static constexpr std::string_view kText = "text/plain; charset=utf-8", kJson = "application/json; charset=utf-8";
   static HttpResponse plain(std::string_view body) { return {200, std::string(body), body.empty() ? std::string_view() : kText}; }
   static HttpResponse json(std::string body) { return {200, std::move(body), kJson}; }
-  static HttpResponse error(int status, std::string_view word) { return {status, text("{\"message\":\"", word, "\"}"), kJson}; }
-  static constexpr std::string_view kText = "text/plain; charset=utf-8", kJson = "application/json; charset=utf-8";
+  static HttpResponse bare(int status, std::string extra) { return {status, {}, {}, std::move(extra), false}; }
+  static HttpResponse error(int status, std::string_view word, std::string extra = {}) {
+    return {status, text("{\"message\":\"", word, "\"}"), kJson, std::move(extra)};
+  }
 };
 
 inline std::string_view status_text(int status) {
-  static constexpr std::array<std::pair<int, std::string_view>, 15> kTexts = {{{100, "Continue"}, {200, "OK"}, {301, "Moved Permanently"}, {307, "Temporary Redirect"},
-      {400, "Bad Request"}, {403, "Forbidden"}, {404, "Not Found"}, {405, "Method Not Allowed"}, {408, "Request Timeout"}, {413, "Request Entity Too Large"},
-      {431, "Request Header Fields Too Large"}, {500, "Internal Server Error"}, {501, "Not Implemented"}, {503, "Service Unavailable"}, {505, "HTTP Version Not Supported"}}};
-  for (const auto& [code, words] : kTexts)
-    if (code == status) return words;
-  return "Error";
-}
-
-/// Undoes percent-encoding; in a query, + is a blank. Nothing where an escape is broken.
-inline std::optional<std::string> percent_decoded(std::string_view encoded, bool in_query) {
-  std::string out;
-  for (size_t i = 0; i < encoded.size(); ++i) {
-    if (encoded[i] == '%') {
-      if (encoded.size() - i < 3) return std::nullopt;
-      const size_t high = std::string_view("0123456789abcdef").find(lower(encoded[i + 1])), low = std::string_view("0123456789abcdef").find(lower(encoded[i + 2]));
-      if (high == std::string_view::npos || low == std::string_view::npos) return std::nullopt;
-      out += static_cast<char>(high * 16 + low);
-      i += 2;
-    } else {
-      out += in_query && encoded[i] == '+' ? ' ' : encoded[i];
-    }
-  }
-  return out;
-}
-
-inline std::string percent_encoded(std::string_view plain) {
-  std::string out;
-  for (char c : plain) {
-    const bool safe = (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '-' || c == '_' || c == '.' || c == '~';
-    if (safe) out += c;
-    else out += hex_escape("%", static_cast<uint8_t>(c), 2);
-  }
-  return out;
+  static const std::map<int, std::string_view> kTexts = {
+      {200, "OK"}, {301, "Moved Permanently"}, {307, "Temporary Redirect"}, {400, "Bad Request"}, {403, "Forbidden"}, {404, "Not Found"},
+      {405, "Method Not Allowed"}, {413, "Request Entity Too Large"}, {431, "Request Header Fields Too Large"},
+      {500, "Internal Server Error"}, {501, "Not Implemented"}, {503, "Service Unavailable"}, {505, "HTTP Version Not Supported"}};
+  const auto found = kTexts.find(status);
+  return found == kTexts.end() ? "Error" : found->second;
 }
 
 /// A setting as GET /config shows it, and the change of one; defined with the table of flags in [15].
@@ -4343,53 +4333,369 @@ inline std::optional<Level> parse_level(std::string_view word);
 
 class HttpSession : public Session {
  public:
-  HttpSession(Host& host, Options& options, Logger& logger, std::string address, std::function<std::pair<int, int>()> ports);
-  size_t feed(std::string_view input) override;
+  HttpSession(Host& host, Options& options, Logger& logger, std::string address, std::function<std::pair<int, int>()> ports)
+      : host_(host), broker_(host.broker), options_(options), logger_(logger), address_(std::move(address)), ports_(std::move(ports)),
+        timer_(broker_.timers, [this] { port.dropped = true, port.attend(); }) {
+    port.session = this;
+    timer_.set(broker_.now.steady + kPatience);
+  }
+
+  size_t feed(std::string_view input) override {
+    const size_t given = input.size();
+    while (!parked && !port.closing && (in_body_ ? take_body(input) : take_head(input))) continue;
+    const bool idle = !in_body_ && input.empty();  // it may stay so for as long as the client likes
+    if (idle || parked) timer_.set(kNever);
+    else if (timer_.due() == kNever) timer_.set(broker_.now.steady + kPatience);
+    return given - input.size();
+  }
   void ended(std::string_view) override { port.closing = true; }
 
  private:
-  using Answer = std::optional<HttpResponse>;  // nothing: parked, to be asked again
-  struct Route {
-    std::string_view path, method;
-    Answer (HttpSession::*run)();
-  };
   static constexpr size_t kLargestHead = (size_t{1} << 20) + 4096;  // as Go's net/http
   static constexpr int64_t kPatience = 60 * kSecond;  // for a whole request: two default heartbeats of the other protocol
 
-  size_t take_head(std::string_view input);
-  size_t take_body(std::string_view input);
-  int parse_head(std::string_view head);
-  int parse_request_line(std::string_view line);
-  void parse_query();
-  int body_length();
-  bool refuse_by_length();
-  void answer();
-  Answer route();
-  Answer redirect() const;
-  bool forged() const;
-  void send(const HttpResponse& response);
-  void refuse(int status);
+  // ---- From bytes to requests -----------------------------------------------------------------------------------------
 
-  Answer check_topic(std::string_view invalid, bool must_exist);
-  Answer check_channel(bool must_exist);
-  Answer create_wanted_topic();
-  Answer ping();
-  Answer info();
-  Answer show_stats();
-  Answer pub();
-  Answer mpub();
-  Answer mpub_binary(std::vector<std::string_view>& bodies) const;
-  Answer topic_create();
-  Answer topic_delete();
-  Answer topic_empty();
-  Answer topic_pause();
-  Answer channel_create();
-  Answer channel_delete();
-  Answer channel_empty();
-  Answer channel_pause();
-  Answer config_get();
-  Answer config_put();
-  static const std::vector<Route>& routes();
+  /// Where the head ends, with the empty line behind it; npos while that has not arrived.
+  static size_t end_of_head(std::string_view input, size_t from) {
+    for (size_t at = input.find('\n', from); at != input.npos; at = input.find('\n', at + 1)) {
+      const std::string_view after = input.substr(at + 1, 2);
+      if (after.substr(0, 1) == "\n") return at + 2;
+      if (after == "\r\n") return at + 3;
+    }
+    return input.npos;
+  }
+
+  /// This and take_body take what they need from the front of `input`, and return whether they came to its end.
+  bool take_head(std::string_view& input) {
+    if (searched_ == 0) input.remove_prefix(std::min(input.size(), input.find_first_not_of("\r\n")));  // RFC 9112 allows empty lines
+    const size_t end = end_of_head(input, searched_);
+    if (end == input.npos && input.size() <= kLargestHead) {
+      searched_ = input.size() - std::min<size_t>(input.size(), 3);
+      return false;
+    }
+    searched_ = 0;
+    const std::string_view head = input.substr(0, end);
+    input.remove_prefix(head.size());
+    request_ = HttpRequest();
+    chunks_ = ChunkDecoder();
+    if (const int wrong = head.size() > kLargestHead ? 431 : request_.parse(head)) return refuse(wrong);
+    if (refuse_by_length()) return false;
+    in_body_ = true;
+    if (request_.minor > 0 && (request_.chunked || request_.length > 0) && request_.headers.has("Expect", "100-continue")) {
+      port.out.append("HTTP/1.1 100 Continue\r\n\r\n");
+      port.attend();
+    }
+    return true;
+  }
+
+  /// A body that is too large by its own account is not waited for.
+  bool refuse_by_length() {
+    const std::string& path = request_.path;
+    const bool pub = path == "/pub", config = path.compare(0, 8, "/config/") == 0;
+    const bool get = request_.method == "GET";  // a body that is not looked at
+    const size_t limit = !get && (pub || config) ? largest_message() : !get && path == "/mpub" ? largest_body() : std::max(largest_message(), largest_body());
+    if (request_.length <= limit) return false;
+    request_.keep_alive = false;
+    send(HttpResponse::error(413, pub ? "MSG_TOO_BIG" : config ? "INVALID_VALUE" : "BODY_TOO_BIG"));
+    return true;
+  }
+
+  /// Comes here again when the answer was parked: then the body is complete, and nothing is taken.
+  bool take_body(std::string_view& input) {
+    size_t used = 0;
+    if (request_.chunked) {
+      const auto result = chunks_.feed(input, used, std::max(largest_message(), largest_body()) + 1);
+      input.remove_prefix(used);
+      if (result == ChunkDecoder::Result::kBad) return refuse(400);
+      if (result == ChunkDecoder::Result::kMore) return false;
+      request_.chunked = false;
+      request_.body = std::move(chunks_.body);
+      request_.length = request_.body.size();
+    }
+    used = std::min(input.size(), request_.length - request_.body.size());
+    request_.body.append(input.data(), used);
+    input.remove_prefix(used);
+    return request_.body.size() == request_.length && answer();
+  }
+
+  bool answer() {
+    const int64_t begun = broker_.now.steady;
+    response_ = HttpResponse();
+    route();
+    if (parked) return false;
+    const auto& [method, path, query] = std::tie(request_.method, request_.raw_path, request_.query);
+    if (request_.path != "/pub" && request_.path != "/mpub")
+      logger_.say(Level::kInfo, response_.status, " ", method, " ", path, query.empty() ? "" : "?", query, " (", address_, ") ",
+                  duration_text(broker_.now.steady - begun));
+    send(response_);
+    in_body_ = false;
+    return true;
+  }
+
+  void send(const HttpResponse& response) {
+    const time_t now = static_cast<time_t>(broker_.now.wall / kSecond);
+    tm utc{};
+    const std::string date = time_text("%a, %d %b %Y %H:%M:%S GMT", *::gmtime_r(&now, &utc));
+    std::string head = text("HTTP/1.1 ", response.status, " ", status_text(response.status), "\r\nDate: ", date, "\r\n", response.extra);
+    if (!response.type.empty()) head += text("Content-Type: ", response.type, "\r\n");
+    if (response.nsq_header) head += "X-Nsq-Content-Type: nsq; version=1.0\r\n";
+    if (!request_.keep_alive) head += "Connection: close\r\n";
+    else if (request_.minor == 0) head += "Connection: keep-alive\r\n";
+    port.out.append(text(head, "Content-Length: ", response.body.size(), "\r\n\r\n"));
+    if (request_.method != "HEAD") port.out.append(response.body);
+    if (!request_.keep_alive) port.closing = true;
+    port.attend();
+  }
+
+  /// What is no request ends the connection: nobody knows where the next one begins.
+  bool refuse(int status) {
+    request_.keep_alive = false;
+    request_.method.clear();
+    send({status, text(status, " ", status_text(status)), HttpResponse::kText, {}, false});
+    return false;
+  }
+
+  // ---- From requests to answers ---------------------------------------------------------------------------------------
+
+  struct Route {
+    std::string_view path, method;
+    std::function<void(HttpSession&)> run;
+  };
+  static const std::vector<Route>& routes() {
+    using S = HttpSession;
+    static const std::vector<Route> kRoutes = {
+        {"/pub", "POST", &S::pub},
+        {"/mpub", "POST", &S::mpub},
+        {"/ping", "GET", &S::ping},
+        {"/info", "GET", &S::info},
+        {"/stats", "GET", &S::show_stats},
+        {"/config/:key", "GET", &S::config_get},
+        {"/config/:key", "PUT", &S::config_put},
+        {"/topic/create", "POST", &S::wanted_topic},
+        {"/topic/delete", "POST", [](S& s) { if (Topic* topic = s.known_topic()) s.broker_.delete_topic(*topic); }},
+        {"/topic/empty", "POST", [](S& s) { if (Topic* topic = s.known_topic("INVALID_TOPIC")) topic->empty(); }},
+        {"/topic/pause", "POST", [](S& s) { if (Topic* topic = s.known_topic()) topic->pause(true); }},
+        {"/topic/unpause", "POST", [](S& s) { if (Topic* topic = s.known_topic()) topic->pause(false); }},
+        {"/channel/create", "POST", [](S& s) { s.named_channel(true); }},
+        {"/channel/delete", "POST", [](S& s) { if (Channel* channel = s.named_channel()) channel->topic.delete_channel(*channel); }},
+        {"/channel/empty", "POST", [](S& s) { if (Channel* channel = s.named_channel()) channel->empty(); }},
+        {"/channel/pause", "POST", [](S& s) { if (Channel* channel = s.named_channel()) channel->pause(true); }},
+        {"/channel/unpause", "POST", [](S& s) { if (Channel* channel = s.named_channel()) channel->pause(false); }},
+    };
+    return kRoutes;
+  }
+  static std::string_view pattern_of(std::string_view path) {
+    const bool config = path.substr(0, 8) == "/config/" && path.size() > 8 && path.find('/', 8) == path.npos;
+    return config ? "/config/:key" : path;
+  }
+
+  /// Carries out a request. Its response is 200 with nothing, unless somebody on the way sets another.
+  void route() {
+    std::set<std::string_view> methods;
+    for (const Route& candidate : routes()) {
+      if (candidate.path != pattern_of(request_.path)) continue;
+      if (candidate.method == request_.method)
+        return candidate.method != "GET" && forged() ? fail(403, "CROSS_SITE_REQUEST") : candidate.run(*this);
+      methods.insert(candidate.method);
+    }
+    const bool options = request_.method == "OPTIONS";
+    if (methods.empty() && !(options && request_.path == "*")) return redirect();
+    std::string allow;
+    if (!methods.empty()) methods.insert("OPTIONS");
+    for (std::string_view method : methods) allow += text(allow.empty() ? "Allow: " : ", ", method);
+    if (!allow.empty()) allow += "\r\n";
+    if (options) response_ = HttpResponse::bare(200, allow);
+    else response_ = HttpResponse::error(405, "METHOD_NOT_ALLOWED", allow);
+  }
+  void fail(int status, std::string_view word) { response_ = HttpResponse::error(status, word); }
+
+  /// A path that is wrong only by slashes, dots or letter case leads to the right one.
+  void redirect() {
+    std::string path;
+    for (std::string_view rest = request_.path; !rest.empty();) {
+      const std::string_view part = cut(rest, '/');
+      if (part == "..") path.erase(std::min(path.size(), path.rfind('/')));
+      else if (!part.empty() && part != ".") path += "/" + lower(part);
+    }
+    const auto leads_there = [&](const Route& route) { return route.path == pattern_of(path); };
+    if (path == request_.path || std::none_of(routes().begin(), routes().end(), leads_there)) return fail(404, "NOT_FOUND");
+    std::string encoded = path;  // only a key of /config may have something in it that needs that
+    if (const size_t key = path.rfind('/') + 1; key > 1) encoded = path.substr(0, key) + percent_encoded(std::string_view(path).substr(key));
+    const std::string_view mark = request_.query.empty() ? "" : "?";
+    response_ = HttpResponse::bare(request_.method == "GET" ? 301 : 307, text("Location: ", encoded, mark, request_.query, "\r\n"));
+  }
+
+  /// Whether a browser sends this on behalf of a page of another site. Programs that are no browsers send neither header.
+  bool forged() const {
+    const HttpHeaders& headers = request_.headers;
+    const std::string *origin = headers.find("Origin"), *site = headers.find("Sec-Fetch-Site"), *host = headers.find("Host");
+    if (origin == nullptr && site == nullptr) return false;
+    if (site != nullptr && *site != "same-origin" && *site != "none") return true;
+    if (host == nullptr || (origin != nullptr && !same_word(*origin, "http://" + *host))) return true;
+    const std::string name = lower(host->substr(0, ends_with(*host, "]") ? host->npos : host->rfind(':')));
+    if (name.size() > 2 && name.front() == '[') return false;  // an address: no name that could have been rebound
+    std::array<char, 16> address{};
+    if (::inet_pton(AF_INET, name.c_str(), address.data()) == 1) return false;
+    return name != "localhost" && !ends_with(name, ".localhost") && name != lower(host_name()) && name != lower(options_.broadcast_address);
+  }
+
+  // ---- The endpoints. Where something is wrong with a request, null is returned, and the response tells ------------------
+
+  const std::string* given_name(const std::string& parameter, std::string_view missing, std::string_view invalid) {
+    const std::string* name = request_.parameter(parameter);
+    if (!request_.query_valid) return fail(400, "INVALID_REQUEST"), nullptr;
+    if (name == nullptr) return fail(400, missing), nullptr;
+    if (!invalid.empty() && !valid_name(*name)) return fail(400, invalid), nullptr;
+    return name;
+  }
+
+  Topic* known_topic(std::string_view invalid = {}) {
+    const std::string* name = given_name("topic", "MISSING_ARG_TOPIC", invalid);
+    Topic* topic = name == nullptr ? nullptr : broker_.find(*name);
+    if (name != nullptr && topic == nullptr) fail(404, "TOPIC_NOT_FOUND");
+    return topic;
+  }
+
+  /// Makes the topic if need be; null, too, while the request is parked because nsqlookupd has to be asked first.
+  Topic* wanted_topic() {
+    const std::string* name = given_name("topic", "MISSING_ARG_TOPIC", "INVALID_TOPIC");
+    if (name == nullptr || (broker_.find(*name) == nullptr && host_.look_up(*name, *this))) return nullptr;
+    return &broker_.topic(*name);
+  }
+
+  Channel* named_channel(bool make = false) {
+    if (given_name("topic", "MISSING_ARG_TOPIC", "INVALID_ARG_TOPIC") == nullptr) return nullptr;
+    const std::string* name = given_name("channel", "MISSING_ARG_CHANNEL", "INVALID_ARG_CHANNEL");
+    Topic* topic = name == nullptr ? nullptr : known_topic();
+    if (topic == nullptr) return nullptr;
+    Status status;
+    Channel* channel = make ? topic->channel(*name, status) : topic->find(*name);
+    if (channel == nullptr) make ? fail(500, "INTERNAL_ERROR") : fail(404, "CHANNEL_NOT_FOUND");
+    return channel;
+  }
+
+  void ping() {
+    const std::string health = broker_.storage.health();
+    response_ = {health == "OK" ? 200 : 500, health, HttpResponse::kText, {}, false};
+  }
+
+  void info() {
+    const auto [tcp_port, http_port] = ports_();
+    JsonWriter json;
+    json.open('{').member("version", kProtocolVersion).member("broadcast_address", options_.broadcast_address);
+    json.member("hostname", host_name()).member("http_port", http_port).member("tcp_port", tcp_port);
+    json.member("start_time", host_.started_wall / kSecond);
+    json.member("max_heartbeat_interval", static_cast<int64_t>(options_.max_heartbeat_interval.count()));
+    json.member("max_output_buffer_size", options_.max_output_buffer_size);
+    json.member("max_output_buffer_timeout", static_cast<int64_t>(options_.max_output_buffer_timeout.count()));
+    json.member("max_deflate_level", options_.max_deflate_level);
+    json.member("topology_zone", options_.topology_zone).member("topology_region", options_.topology_region).close('}');
+    response_ = HttpResponse::json(json.out);
+  }
+
+  void show_stats() {
+    if (!request_.query_valid) return fail(400, "INVALID_REQUEST");
+    const HttpRequest& given = request_;
+    const StatsQuery query{given.value("topic"), given.value("channel"), given.wanted("include_clients"), given.wanted("include_mem")};
+    const Stats stats = take_stats(host_, query);
+    const bool topic_known = query.topic.empty() || broker_.find(query.topic) != nullptr;
+    if (given.value("format") == "json") response_ = HttpResponse::json(stats_json(stats, query, topic_known));
+    else response_ = HttpResponse::plain(stats_text(stats, query, broker_.now, host_.started_wall));
+  }
+
+  size_t largest_message() const { return static_cast<size_t>(options_.max_msg_size); }
+  size_t largest_body() const { return static_cast<size_t>(options_.max_body_size); }
+
+  void publish(Topic& topic, const std::vector<std::string_view>& bodies, int64_t delay) {
+    if (topic.publish(bodies.data(), bodies.size(), delay).ok()) response_ = HttpResponse::plain("OK");
+    else fail(503, "EXITING");
+  }
+
+  void pub() {
+    if (request_.body.size() > largest_message()) return fail(413, "MSG_TOO_BIG");
+    if (request_.body.empty()) return fail(400, "MSG_EMPTY");
+    Topic* topic = wanted_topic();
+    if (topic == nullptr) return;
+    const std::string* defer = request_.parameter("defer");
+    const auto ms = decimal(defer == nullptr ? "0" : *defer, true);
+    if (!ms || *ms < 0 || *ms > options_.max_req_timeout.count() / kMillisecond) return fail(400, "INVALID_DEFER");
+    publish(*topic, {request_.body}, *ms * kMillisecond);
+  }
+
+  void mpub() {
+    Topic* topic = wanted_topic();
+    if (topic == nullptr) return;
+    const std::string* binary = request_.parameter("binary");
+    const bool as_lines = binary == nullptr || !request_.wanted("binary");
+    if (!as_lines && *binary != "true" && *binary != "1")
+      logger_.say(Level::kWarning, "deprecated value '", *binary, "' used for /mpub binary param");
+    std::vector<std::string_view> bodies;
+    const std::string_view wrong = as_lines ? split_lines(bodies) : split_binary(bodies);
+    if (wrong.empty()) publish(*topic, bodies, 0);
+    else fail(413, wrong);
+  }
+
+  /// This and split_binary return the word for what is wrong with the body.
+  std::string_view split_lines(std::vector<std::string_view>& bodies) const {
+    if (request_.body.size() > largest_body()) return "BODY_TOO_BIG";
+    for (std::string_view rest = request_.body; !rest.empty();) {
+      const std::string_view line = cut(rest, '\n');
+      if (line.size() > largest_message()) return "MSG_TOO_BIG";
+      if (!line.empty()) bodies.push_back(line);
+    }
+    return {};
+  }
+
+  /// count { size body }*
+  std::string_view split_binary(std::vector<std::string_view>& bodies) const {
+    std::string_view rest = request_.body;
+    const auto take_number = [&rest] {  // 0 where the body ends too early; as a number, it would be wrong as well
+      const int32_t number = rest.size() < 4 ? 0 : static_cast<int32_t>(get_be<uint32_t>(rest.data()));
+      rest.remove_prefix(std::min<size_t>(rest.size(), 4));
+      return number;
+    };
+    const int32_t count = take_number();
+    if (count <= 0 || count > (options_.max_body_size - 4) / 5) return "BAD_BODY";
+    while (bodies.size() < static_cast<size_t>(count)) {
+      const int32_t size = take_number();
+      if (size <= 0 || size > options_.max_msg_size || rest.size() < static_cast<size_t>(size)) return "BAD_MESSAGE";
+      bodies.push_back(rest.substr(0, static_cast<size_t>(size)));
+      rest.remove_prefix(static_cast<size_t>(size));
+    }
+    return {};
+  }
+
+  std::string_view config_key() const { return std::string_view(request_.path).substr(8); }
+
+  void config_get() {
+    const auto shown = show_option(options_, config_key());
+    if (!shown) return fail(400, "INVALID_OPTION");
+    response_ = shown->json ? HttpResponse::json(shown->value) : HttpResponse::plain(shown->value);
+  }
+
+  void config_put() {
+    const std::string& value = request_.body;
+    if (value.empty() || value.size() > largest_message()) return fail(413, "INVALID_VALUE");
+    if (config_key() == "log_level") {
+      const auto level = parse_level(value);
+      if (!level) return fail(400, "INVALID_VALUE");
+      options_.log_level = *level;
+      logger_.set_level(*level);
+    } else if (config_key() == "nsqlookupd_tcp_addresses") {
+      JsonParser parser{value};
+      const Json list = parser.parse();
+      std::vector<std::string> addresses;
+      for (const Json& item : list.items)
+        if (item.is(Json::Type::kString)) addresses.push_back(item.string);
+      const bool strings = addresses.size() == list.items.size();
+      if (!parser.error.empty() || !list.is(Json::Type::kArray) || !strings) return fail(400, "INVALID_VALUE");
+      host_.set_lookupds(addresses);
+    } else {
+      return fail(400, "INVALID_OPTION");
+    }
+    config_get();
+  }
 
   Host& host_;
   Broker& broker_;
@@ -4397,465 +4703,13 @@ class HttpSession : public Session {
   Logger& logger_;
   std::string address_;
   std::function<std::pair<int, int>()> ports_;  // TCP and HTTP, as listened on
-  enum class Stage { kHead, kBody } stage_ = Stage::kHead;
-  size_t searched_ = 0;  // of a head that has not arrived whole, up to where its end was looked for
   HttpRequest request_;
-  size_t length_ = 0;
-  bool chunked_ = false, complete_ = false;
+  HttpResponse response_;
   ChunkDecoder chunks_;
-  Topic* topic_ = nullptr;      // what check_topic and check_channel have found
-  Channel* channel_ = nullptr;
+  bool in_body_ = false;        // the head has arrived; with it, the body may have, too
+  size_t searched_ = 0;         // of a head that has not arrived whole, up to where its end was looked for
   Timer timer_;
 };
-
-inline HttpSession::HttpSession(Host& host, Options& options, Logger& logger, std::string address, std::function<std::pair<int, int>()> ports)
-    : host_(host), broker_(host.broker), options_(options), logger_(logger), address_(std::move(address)), ports_(std::move(ports)),
-      timer_(broker_.timers, [this] { port.dropped = true, port.attend(); }) {
-  port.session = this;
-  timer_.set(broker_.now.steady + kPatience);
-}
-
-inline size_t HttpSession::feed(std::string_view input) {
-  size_t used = 0;
-  while (!parked && !port.closing) {
-    if (stage_ == Stage::kBody) {
-      used += take_body(input.substr(used));
-      if (stage_ == Stage::kBody) break;
-    } else {
-      const size_t size = used < input.size() ? take_head(input.substr(used)) : 0;
-      if (size == 0) break;
-      used += size;
-    }
-  }
-  const bool idle = stage_ == Stage::kHead && used == input.size();  // it may stay so for as long as the client likes
-  if (idle || parked) timer_.set(kNever);
-  else if (timer_.due() == kNever) timer_.set(broker_.now.steady + kPatience);
-  return used;
-}
-
-inline size_t HttpSession::take_head(std::string_view input) {
-  if (searched_ == 0 && (input[0] == '\r' || input[0] == '\n')) return 1;  // RFC 9112: an empty line before a request
-  size_t end = std::string_view::npos, at = searched_;
-  while ((at = input.find('\n', at)) != input.npos) {  // the head ends with an empty line
-    const std::string_view after = input.substr(++at);
-    if (!after.empty() && after[0] == '\n') end = at + 1;
-    else if (after.substr(0, 2) == "\r\n") end = at + 2;
-    if (end != input.npos) break;
-  }
-  if (end == input.npos && input.size() <= kLargestHead) {
-    searched_ = input.size() - std::min<size_t>(input.size(), 3);
-    return 0;
-  }
-  searched_ = 0;
-  if (end == input.npos || end > kLargestHead) return refuse(431), input.size();
-  request_ = HttpRequest();
-  chunks_ = ChunkDecoder();
-  complete_ = false;
-  if (const int wrong = parse_head(input.substr(0, end))) return refuse(wrong), end;
-  if (refuse_by_length()) return end;
-  stage_ = Stage::kBody;
-  if (request_.headers.has("Expect", "100-continue") && request_.minor > 0 && (chunked_ || length_ > 0)) port.out.append("HTTP/1.1 100 Continue\r\n\r\n"), port.attend();
-  return end;
-}
-
-/// Reads request line and headers; the status of the refusal where they are wrong, else 0.
-inline int HttpSession::parse_head(std::string_view head) {
-  const size_t line_end = head.find('\n');
-  if (const int wrong = parse_request_line(trimmed(head.substr(0, line_end)))) return wrong;
-  HttpHeaders& headers = request_.headers;
-  if (!headers.parse(head.substr(line_end + 1))) return 400;
-  const auto hosts = std::count_if(headers.list.begin(), headers.list.end(), [](const auto& header) { return same_word(header.first, "Host"); });
-  if (hosts > 1 || (hosts == 0 && request_.minor > 0)) return 400;
-  request_.keep_alive = request_.minor > 0 ? !headers.has("Connection", "close") : headers.has("Connection", "keep-alive");
-  parse_query();
-  return body_length();
-}
-
-inline int HttpSession::parse_request_line(std::string_view line) {
-  const size_t first = line.find(' '), last = line.rfind(' ');
-  if (first == line.npos || first == last || line.find(' ', first + 1) != last) return 400;
-  const std::string_view version = line.substr(last + 1);
-  if (version.substr(0, 5) != "HTTP/" || version.size() != 8 || version[6] != '.' || !decimal(version.substr(5, 1)) || !decimal(version.substr(7))) return 400;
-  if (version[5] != '1') return 505;
-  request_.minor = version[7] - '0';
-  request_.method = line.substr(0, first);
-  std::string_view target = line.substr(first + 1, last - first - 1);
-  if (target.substr(0, 7) == "http://") {
-    const size_t slash = target.find('/', 7);
-    target = slash == target.npos ? "/" : target.substr(slash);
-  }
-  if (target.empty() || (target[0] != '/' && target != "*")) return 400;
-  const size_t question = target.find('?');
-  request_.raw_path = target.substr(0, question);
-  if (question != target.npos) request_.query = target.substr(question + 1);
-  const auto path = percent_decoded(request_.raw_path, false);
-  if (!path) return 400;
-  request_.path = *path;
-  return 0;
-}
-
-inline void HttpSession::parse_query() {
-  for (std::string_view rest = request_.query; !rest.empty();) {
-    const std::string_view pair = rest.substr(0, rest.find('&'));
-    rest.remove_prefix(std::min(rest.size(), pair.size() + 1));
-    if (pair.empty()) continue;
-    const size_t equals = pair.find('=');
-    const auto name = percent_decoded(pair.substr(0, equals), true);
-    const auto value = percent_decoded(equals == pair.npos ? std::string_view() : pair.substr(equals + 1), true);
-    if (!name || !value || pair.find(';') != pair.npos) request_.query_valid = false;
-    else request_.parameters.emplace(*name, *value);
-  }
-}
-
-inline int HttpSession::body_length() {
-  chunked_ = false;
-  length_ = 0;
-  const std::string* coding = request_.headers.find("Transfer-Encoding");
-  std::optional<int64_t> length;
-  for (const auto& [name, value] : request_.headers.list) {
-    if (!same_word(name, "Content-Length")) continue;
-    const auto parsed = decimal(value);
-    if (!parsed || (length && *length != *parsed)) return 400;
-    length = parsed;
-  }
-  if (coding != nullptr) {  // a length beside it is how requests are smuggled: never guess
-    if (length) return 400;
-    if (!same_word(*coding, "chunked")) return 501;
-    chunked_ = true;
-  }
-  length_ = static_cast<size_t>(length.value_or(0));
-  return 0;
-}
-
-/// A body that is too large by its own account is not waited for.
-inline bool HttpSession::refuse_by_length() {
-  const auto message = static_cast<size_t>(options_.max_msg_size), body = static_cast<size_t>(options_.max_body_size);
-  std::string_view word;
-  if (request_.path == "/pub" && length_ > message) word = "MSG_TOO_BIG";
-  else if (request_.path == "/mpub" && length_ > body) word = "BODY_TOO_BIG";
-  else if (request_.path.compare(0, 8, "/config/") == 0 && length_ > message) word = "INVALID_VALUE";
-  else if (length_ > std::max(message, body)) word = "BODY_TOO_BIG";
-  if (word.empty() || request_.method == "GET") return false;
-  request_.keep_alive = false;
-  send(HttpResponse::error(413, word));
-  return true;
-}
-
-inline size_t HttpSession::take_body(std::string_view input) {
-  size_t used = 0;
-  if (chunked_ && !complete_) {
-    const auto most = static_cast<size_t>(std::max(options_.max_msg_size, options_.max_body_size)) + 1;
-    const auto result = chunks_.feed(input, used, most);
-    if (result == ChunkDecoder::Result::kBad) return refuse(400), used;
-    if (result == ChunkDecoder::Result::kMore) return used;
-    request_.body = std::move(chunks_.body);
-  } else if (!chunked_) {
-    used = std::min(input.size(), length_ - request_.body.size());
-    request_.body.append(input.data(), used);
-    if (request_.body.size() < length_) return used;
-  }
-  complete_ = true;
-  answer();
-  return used;
-}
-
-inline void HttpSession::answer() {
-  const int64_t begun = broker_.now.steady;
-  const Answer response = route();
-  if (!response) return;  // parked: its body is complete, so feed will come back here
-  if (request_.path != "/pub" && request_.path != "/mpub")
-    logger_.say(Level::kInfo, response->status, " ", request_.method, " ", request_.raw_path, request_.query.empty() ? "" : "?", request_.query, " (", address_, ") ", duration_text(broker_.now.steady - begun));
-  send(*response);
-  stage_ = Stage::kHead;
-}
-
-inline void HttpSession::send(const HttpResponse& response) {
-  std::array<char, 40> date{};
-  const time_t now = static_cast<time_t>(broker_.now.wall / kSecond);
-  tm utc{};
-  ::gmtime_r(&now, &utc);
-  std::strftime(date.data(), date.size(), "%a, %d %b %Y %H:%M:%S GMT", &utc);
-  std::string head = text("HTTP/1.1 ", response.status, " ", status_text(response.status), "\r\nDate: ", date.data(), "\r\n", response.extra);
-  if (!response.type.empty()) head += text("Content-Type: ", response.type, "\r\n");
-  if (response.nsq_header) head += "X-Nsq-Content-Type: nsq; version=1.0\r\n";
-  if (!request_.keep_alive) head += "Connection: close\r\n";
-  else if (request_.minor == 0) head += "Connection: keep-alive\r\n";
-  port.out.append(text(head, "Content-Length: ", response.body.size(), "\r\n\r\n"));
-  if (request_.method != "HEAD") port.out.append(response.body);
-  if (!request_.keep_alive) port.closing = true;
-  port.attend();
-}
-
-inline void HttpSession::refuse(int status) {
-  request_.keep_alive = false;
-  request_.method.clear();
-  send({status, text(status, " ", status_text(status)), HttpResponse::kText, {}, false});
-}
-
-inline const std::vector<HttpSession::Route>& HttpSession::routes() {
-  static const std::vector<Route> kRoutes = {
-      {"/pub", "POST", &HttpSession::pub},
-      {"/mpub", "POST", &HttpSession::mpub},
-      {"/ping", "GET", &HttpSession::ping},
-      {"/info", "GET", &HttpSession::info},
-      {"/stats", "GET", &HttpSession::show_stats},
-      {"/topic/create", "POST", &HttpSession::topic_create},
-      {"/topic/delete", "POST", &HttpSession::topic_delete},
-      {"/topic/empty", "POST", &HttpSession::topic_empty},
-      {"/topic/pause", "POST", &HttpSession::topic_pause},
-      {"/topic/unpause", "POST", &HttpSession::topic_pause},
-      {"/channel/create", "POST", &HttpSession::channel_create},
-      {"/channel/delete", "POST", &HttpSession::channel_delete},
-      {"/channel/empty", "POST", &HttpSession::channel_empty},
-      {"/channel/pause", "POST", &HttpSession::channel_pause},
-      {"/channel/unpause", "POST", &HttpSession::channel_pause},
-      {"/config/:key", "GET", &HttpSession::config_get},
-      {"/config/:key", "PUT", &HttpSession::config_put},
-  };
-  return kRoutes;
-}
-
-inline HttpSession::Answer HttpSession::route() {
-  const std::string& path = request_.path;
-  const bool config = path.compare(0, 8, "/config/") == 0 && path.size() > 8 && path.find('/', 8) == path.npos;
-  const std::string_view known = config ? "/config/:key" : std::string_view(path);
-  std::vector<std::string_view> methods;
-  for (const Route& candidate : routes()) {
-    if (candidate.path != known) continue;
-    if (candidate.method == request_.method) {
-      if (candidate.method != "GET" && forged()) return HttpResponse::error(403, "CROSS_SITE_REQUEST");
-      return (this->*candidate.run)();
-    }
-    methods.push_back(candidate.method);
-  }
-  if (request_.path == "*" && request_.method == "OPTIONS") return HttpResponse{200, {}, {}, {}, false};
-  if (methods.empty()) {
-    if (Answer elsewhere = redirect()) return elsewhere;
-    return HttpResponse::error(404, "NOT_FOUND");
-  }
-  methods.push_back("OPTIONS");
-  std::sort(methods.begin(), methods.end());
-  std::string allow = "Allow: ";
-  for (std::string_view method : methods) allow += text(method == methods.front() ? "" : ", ", method);
-  allow += "\r\n";
-  if (request_.method == "OPTIONS") return HttpResponse{200, {}, {}, allow, false};
-  HttpResponse refused = HttpResponse::error(405, "METHOD_NOT_ALLOWED");
-  refused.extra = allow;
-  return refused;
-}
-
-/// Where a path that is wrong only by slashes, dots or letter case leads.
-inline HttpSession::Answer HttpSession::redirect() const {
-  std::vector<std::string> parts;
-  for (std::string_view rest = request_.path; !rest.empty();) {
-    const std::string_view part = rest.substr(0, rest.find('/'));
-    rest.remove_prefix(std::min(rest.size(), part.size() + 1));
-    if (part == ".." && !parts.empty()) parts.pop_back();
-    else if (!part.empty() && part != "." && part != "..") parts.push_back(lower(part));
-  }
-  std::string path;
-  for (const std::string& part : parts) path += "/" + part;
-  const bool config = parts.size() == 2 && parts[0] == "config";
-  const bool known = std::any_of(routes().begin(), routes().end(), [&](const Route& route) { return route.path == (config ? "/config/:key" : path); });
-  if (!known || path == request_.path) return std::nullopt;
-  if (!request_.query.empty()) path += "?" + request_.query;
-  return HttpResponse{request_.method == "GET" ? 301 : 307, {}, {}, text("Location: ", path, "\r\n"), false};
-}
-
-/// Whether a browser sends this on behalf of a page of another site. Programs that are no browsers send neither header.
-inline bool HttpSession::forged() const {
-  const std::string *origin = request_.headers.find("Origin"), *site = request_.headers.find("Sec-Fetch-Site"), *host = request_.headers.find("Host");
-  if (origin == nullptr && site == nullptr) return false;
-  if (site != nullptr && *site != "same-origin" && *site != "none") return true;
-  if (host == nullptr || (origin != nullptr && !same_word(*origin, "http://" + *host))) return true;
-  std::string name = lower(host->substr(0, host->rfind(':') == std::string::npos || host->back() == ']' ? std::string::npos : host->rfind(':')));
-  if (name.size() > 2 && name.front() == '[') return false;  // an address: no name that could have been rebound
-  std::array<char, 16> address{};
-  if (::inet_pton(AF_INET, name.c_str(), address.data()) == 1) return false;
-  return name != "localhost" && !ends_with(name, ".localhost") && name != lower(host_name()) && name != lower(options_.broadcast_address);
-}
-
-inline HttpSession::Answer HttpSession::check_topic(std::string_view invalid, bool must_exist) {
-  if (!request_.query_valid) return HttpResponse::error(400, "INVALID_REQUEST");
-  const std::string* name = request_.parameter("topic");
-  if (name == nullptr) return HttpResponse::error(400, "MISSING_ARG_TOPIC");
-  if (!invalid.empty() && !valid_name(*name)) return HttpResponse::error(400, invalid);
-  topic_ = broker_.find(*name);
-  if (must_exist && topic_ == nullptr) return HttpResponse::error(404, "TOPIC_NOT_FOUND");
-  return std::nullopt;
-}
-
-inline HttpSession::Answer HttpSession::check_channel(bool must_exist) {
-  if (Answer wrong = check_topic("INVALID_ARG_TOPIC", false)) return wrong;
-  const std::string* name = request_.parameter("channel");
-  if (name == nullptr) return HttpResponse::error(400, "MISSING_ARG_CHANNEL");
-  if (!valid_name(*name)) return HttpResponse::error(400, "INVALID_ARG_CHANNEL");
-  if (topic_ == nullptr) return HttpResponse::error(404, "TOPIC_NOT_FOUND");
-  channel_ = topic_->find(*name);
-  if (must_exist && channel_ == nullptr) return HttpResponse::error(404, "CHANNEL_NOT_FOUND");
-  return std::nullopt;
-}
-
-/// Makes the topic that the request names, if need be; parked when nsqlookupd has to be asked first.
-inline HttpSession::Answer HttpSession::create_wanted_topic() {
-  if (Answer wrong = check_topic("INVALID_TOPIC", false)) return wrong;
-  const std::string& name = *request_.parameter("topic");
-  if (topic_ == nullptr && host_.look_up(name, *this)) return std::nullopt;
-  topic_ = &broker_.topic(name);
-  return std::nullopt;
-}
-
-inline HttpSession::Answer HttpSession::ping() {
-  const std::string health = broker_.storage.health();
-  return HttpResponse{health == "OK" ? 200 : 500, health, HttpResponse::kText, {}, false};
-}
-
-inline HttpSession::Answer HttpSession::info() {
-  const auto [tcp_port, http_port] = ports_();
-  JsonWriter json;
-  json.open('{').member("version", kProtocolVersion).member("broadcast_address", options_.broadcast_address).member("hostname", host_name());
-  json.member("http_port", http_port).member("tcp_port", tcp_port).member("start_time", host_.started_wall / kSecond);
-  json.member("max_heartbeat_interval", static_cast<int64_t>(options_.max_heartbeat_interval.count())).member("max_output_buffer_size", options_.max_output_buffer_size);
-  json.member("max_output_buffer_timeout", static_cast<int64_t>(options_.max_output_buffer_timeout.count())).member("max_deflate_level", options_.max_deflate_level);
-  json.member("topology_zone", options_.topology_zone).member("topology_region", options_.topology_region).close('}');
-  return HttpResponse::json(json.out);
-}
-
-inline HttpSession::Answer HttpSession::show_stats() {
-  if (!request_.query_valid) return HttpResponse::error(400, "INVALID_REQUEST");
-  auto given = [this](const std::string& name) { return request_.parameter(name) == nullptr ? std::string() : *request_.parameter(name); };
-  auto wanted = [&](const std::string& name) { return given(name) != "false" && given(name) != "0"; };
-  const StatsQuery query{given("topic"), given("channel"), wanted("include_clients"), wanted("include_mem")};
-  const Stats shown = take_stats(host_, query);
-  if (given("format") != "json") return HttpResponse::plain(stats_text(shown, query, broker_.now, host_.started_wall));
-  return HttpResponse::json(stats_json(shown, query, query.topic.empty() || broker_.find(query.topic) != nullptr));
-}
-
-inline HttpSession::Answer HttpSession::pub() {
-  if (request_.body.size() > static_cast<size_t>(options_.max_msg_size)) return HttpResponse::error(413, "MSG_TOO_BIG");
-  if (request_.body.empty()) return HttpResponse::error(400, "MSG_EMPTY");
-  if (Answer wrong = create_wanted_topic(); wrong || parked) return wrong;
-  int64_t delay = 0;
-  if (const std::string* defer = request_.parameter("defer")) {
-    const auto ms = decimal(*defer, true);
-    if (!ms || *ms < 0 || *ms > options_.max_req_timeout.count() / kMillisecond) return HttpResponse::error(400, "INVALID_DEFER");
-    delay = *ms * kMillisecond;
-  }
-  const std::string_view body = request_.body;
-  return topic_->publish(&body, 1, delay).ok() ? HttpResponse::plain("OK") : HttpResponse::error(503, "EXITING");
-}
-
-inline HttpSession::Answer HttpSession::mpub() {
-  if (Answer wrong = create_wanted_topic(); wrong || parked) return wrong;
-  std::vector<std::string_view> bodies;
-  const std::string* binary = request_.parameter("binary");
-  if (binary != nullptr && *binary != "false" && *binary != "0") {
-    if (*binary != "true" && *binary != "1") logger_.say(Level::kWarning, "deprecated value '", *binary, "' used for /mpub binary param");
-    if (Answer wrong = mpub_binary(bodies)) return wrong;
-  } else {
-    if (request_.body.size() > static_cast<size_t>(options_.max_body_size)) return HttpResponse::error(413, "BODY_TOO_BIG");
-    for (std::string_view rest = request_.body; !rest.empty();) {
-      const std::string_view line = rest.substr(0, rest.find('\n'));
-      rest.remove_prefix(std::min(rest.size(), line.size() + 1));
-      if (line.size() > static_cast<size_t>(options_.max_msg_size)) return HttpResponse::error(413, "MSG_TOO_BIG");
-      if (!line.empty()) bodies.push_back(line);
-    }
-  }
-  return topic_->publish(bodies.data(), bodies.size(), 0).ok() ? HttpResponse::plain("OK") : HttpResponse::error(503, "EXITING");
-}
-
-/// count { size body }*; every error is a 413, as with nsqd.
-inline HttpSession::Answer HttpSession::mpub_binary(std::vector<std::string_view>& bodies) const {
-  const std::string_view body = request_.body;
-  if (body.size() < 4) return HttpResponse::error(413, "BAD_BODY");
-  const auto count = static_cast<int32_t>(get_be<uint32_t>(body.data()));
-  if (count <= 0 || count > (options_.max_body_size - 4) / 5) return HttpResponse::error(413, "BAD_BODY");
-  size_t at = 4;
-  for (int32_t i = 0; i < count; ++i) {
-    if (body.size() - at < 4) return HttpResponse::error(413, "BAD_MESSAGE");
-    const auto size = static_cast<int32_t>(get_be<uint32_t>(body.data() + at));
-    at += 4;
-    if (size <= 0 || size > options_.max_msg_size || body.size() - at < static_cast<size_t>(size)) return HttpResponse::error(413, "BAD_MESSAGE");
-    bodies.push_back(body.substr(at, static_cast<size_t>(size)));
-    at += static_cast<size_t>(size);
-  }
-  return std::nullopt;
-}
-
-inline HttpSession::Answer HttpSession::topic_create() {
-  if (Answer wrong = create_wanted_topic(); wrong || parked) return wrong;
-  return HttpResponse();
-}
-
-inline HttpSession::Answer HttpSession::topic_delete() {
-  if (Answer wrong = check_topic({}, true)) return wrong;
-  broker_.delete_topic(*topic_);
-  return HttpResponse();
-}
-
-inline HttpSession::Answer HttpSession::topic_empty() {
-  if (Answer wrong = check_topic("INVALID_TOPIC", true)) return wrong;
-  topic_->empty();
-  return HttpResponse();
-}
-
-inline HttpSession::Answer HttpSession::topic_pause() {
-  if (Answer wrong = check_topic({}, true)) return wrong;
-  topic_->pause(request_.path == "/topic/pause");
-  return HttpResponse();
-}
-
-inline HttpSession::Answer HttpSession::channel_create() {
-  if (Answer wrong = check_channel(false)) return wrong;
-  Status status;
-  return topic_->channel(*request_.parameter("channel"), status) != nullptr ? HttpResponse() : HttpResponse::error(500, "INTERNAL_ERROR");
-}
-
-inline HttpSession::Answer HttpSession::channel_delete() {
-  if (Answer wrong = check_channel(true)) return wrong;
-  topic_->delete_channel(*channel_);
-  return HttpResponse();
-}
-
-inline HttpSession::Answer HttpSession::channel_empty() {
-  if (Answer wrong = check_channel(true)) return wrong;
-  channel_->empty();
-  return HttpResponse();
-}
-
-inline HttpSession::Answer HttpSession::channel_pause() {
-  if (Answer wrong = check_channel(true)) return wrong;
-  channel_->pause(request_.path == "/channel/pause");
-  return HttpResponse();
-}
-
-inline HttpSession::Answer HttpSession::config_get() {
-  const auto shown = show_option(options_, std::string_view(request_.path).substr(8));
-  if (!shown) return HttpResponse::error(400, "INVALID_OPTION");
-  return shown->json ? HttpResponse::json(shown->value) : HttpResponse::plain(shown->value);
-}
-
-inline HttpSession::Answer HttpSession::config_put() {
-  const std::string_view key = std::string_view(request_.path).substr(8);
-  if (request_.body.empty() || request_.body.size() > static_cast<size_t>(options_.max_msg_size)) return HttpResponse::error(413, "INVALID_VALUE");
-  if (key == "log_level") {
-    const auto level = parse_level(request_.body);
-    if (!level) return HttpResponse::error(400, "INVALID_VALUE");
-    options_.log_level = *level;
-    logger_.set_level(*level);
-  } else if (key == "nsqlookupd_tcp_addresses") {
-    JsonParser parser{request_.body};
-    const Json list = parser.parse();
-    const bool strings = std::all_of(list.items.begin(), list.items.end(), [](const Json& item) { return item.is(Json::Type::kString); });
-    if (!parser.error.empty() || !list.is(Json::Type::kArray) || !strings) return HttpResponse::error(400, "INVALID_VALUE");
-    std::vector<std::string> addresses;
-    for (const Json& item : list.items) addresses.push_back(item.string);
-    host_.set_lookupds(addresses);
-  } else {
-    return HttpResponse::error(400, "INVALID_OPTION");
-  }
-  return config_get();
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // [12] Peers
@@ -4878,9 +4732,9 @@ class HttpCall : public Session {
     port.session = this;
     timer_.set(saturating_add(broker.now.steady, broker.options.http_client_connect_timeout.count()));
   }
-  /// A request for a whole URL, or for host:port and a path.
-  static std::string request_text(std::string_view method, const std::string& host, const std::string& target, const std::string& body) {
-    std::string head = text(method, " ", target, " HTTP/1.1\r\nHost: ", host, "\r\nUser-Agent: nsqd.hpp/", kVersion, "\r\nAccept: application/vnd.nsq; version=1.0\r\nConnection: close\r\n");
+  static std::string request_text(std::string_view method, std::string_view host, std::string_view target, std::string_view body) {
+    std::string head = text(method, " ", target, " HTTP/1.1\r\nHost: ", host, "\r\nUser-Agent: nsqd.hpp/", kVersion,
+                            "\r\nAccept: application/vnd.nsq; version=1.0\r\nConnection: close\r\n");
     if (method == "POST") head += text("Content-Type: application/json\r\nContent-Length: ", body.size(), "\r\n");
     return text(head, "\r\n", body);
   }
@@ -4905,26 +4759,28 @@ class HttpCall : public Session {
   static constexpr size_t kLargestAnswer = size_t{4} << 20;
 
   void examine(bool final) {
-    const size_t end = received_.find("\r\n\r\n");
-    if (end == received_.npos || received_.size() < 12) return;
+    const std::string_view all = received_;
+    const size_t line = all.find("\r\n"), end = all.find("\r\n\r\n");
+    if (end == all.npos) return;
+    const auto status = all.substr(0, 7) == "HTTP/1." ? decimal(all.substr(9, 3)) : std::nullopt;
     HttpHeaders headers;
-    const auto status = decimal(std::string_view(received_).substr(9, 3));
-    const size_t line = received_.find("\r\n");
-    if (received_.compare(0, 7, "HTTP/1.") != 0 || !status || !headers.parse(std::string_view(received_).substr(line + 2, end - line))) return finish(0, "not HTTP");
-    const std::string_view body = std::string_view(received_).substr(end + 4);
+    if (!status || !headers.parse(all.substr(line + 2, end - line))) return finish(0, "not HTTP");
+    examine_body(static_cast<int>(*status), headers, all.substr(end + 4), final);
+  }
+  void examine_body(int status, const HttpHeaders& headers, std::string_view body, bool final) {
     const std::string* length = headers.find("Content-Length");
     if (headers.has("Transfer-Encoding", "chunked")) {
       ChunkDecoder chunks;
       size_t used = 0;
       const auto result = chunks.feed(body, used, kLargestAnswer);
-      if (result == ChunkDecoder::Result::kDone) finish(static_cast<int>(*status), chunks.body);
+      if (result == ChunkDecoder::Result::kDone) finish(status, chunks.body);
       if (result == ChunkDecoder::Result::kBad) finish(0, "bad chunks");
     } else if (length != nullptr) {
       const auto size = decimal(*length);
-      if (!size) return finish(0, "bad length");
-      if (body.size() >= static_cast<size_t>(*size)) finish(static_cast<int>(*status), std::string(body.substr(0, static_cast<size_t>(*size))));
+      if (!size) finish(0, "bad length");
+      else if (body.size() >= static_cast<size_t>(*size)) finish(status, std::string(body.substr(0, static_cast<size_t>(*size))));
     } else if (final) {
-      finish(static_cast<int>(*status), std::string(body));
+      finish(status, std::string(body));
     }
   }
   void finish(int status, const std::string& body) {
@@ -4943,19 +4799,23 @@ class HttpCall : public Session {
 class LookupPeer {
  public:
   struct Identity {
-    std::string json;                                     // the body of IDENTIFY
+    std::string json;                                         // the body of IDENTIFY
     std::function<std::vector<std::string>()> registrations;  // REGISTER commands for all that there is
   };
   LookupPeer(Broker& broker, Dial dial, std::string peer_address, const Identity& identity)
-      : address(std::move(peer_address)), broker_(broker), dial_(std::move(dial)), identity_(identity), timer_(broker.timers, [this] { on_timer(); }) {
+      : address(std::move(peer_address)), broker_(broker), dial_(std::move(dial)), identity_(identity),
+        timer_(broker.timers, [this] { on_timer(); }) {
     connect();
   }
   ~LookupPeer() { close(); }
 
   const std::string address;
-  std::string broadcast_address;  // of its HTTP side, once it has told
-  int64_t http_port = 0;
-
+  /// host:port of its HTTP side; empty when it has told none.
+  std::string http_address() const {
+    const std::string& host = broadcast_address_;
+    if (host.empty() || http_port_ == 0 || host.find('/') != host.npos) return {};
+    return text(host.find(':') == host.npos ? host : "[" + host + "]", ":", http_port_);
+  }
   void tell(const std::string& command) {
     if (link_ == nullptr) {
       if (broker_.now.steady - tried_at_ > 100 * kMillisecond) connect();
@@ -4978,7 +4838,10 @@ class LookupPeer {
       size_t used = 0;
       while (peer != nullptr && input.size() - used >= 4) {
         const size_t size = get_be<uint32_t>(input.data() + used);
-        if (size > static_cast<size_t>(peer->broker_.options.max_body_size)) return peer->fail("answer too large"), input.size();
+        if (size > static_cast<size_t>(peer->broker_.options.max_body_size)) {
+          peer->fail("answer too large");
+          return input.size();
+        }
         if (input.size() - used - 4 < size) break;
         peer->on_answer(input.substr(used + 4, size));
         used += 4 + size;
@@ -5004,13 +4867,13 @@ class LookupPeer {
     if (link_ == nullptr) return;
     link_->peer = nullptr;
     link_->port.dropped = true;
-    if (link_->port.attend) link_->port.attend();
+    link_->port.attend();
     link_.reset();
   }
   void fail(std::string_view why) {
     broker_.logger.say(Level::kError, "LOOKUPD(", address, "): ", why);
     close();
-    broadcast_address.clear();
+    broadcast_address_.clear();
     pause_ = std::min(pause_ * 2, kLongestPause);
     timer_.set(broker_.now.steady + pause_);
   }
@@ -5036,9 +4899,8 @@ class LookupPeer {
       JsonParser parser{answer};
       const Json json = parser.parse();
       if (!parser.error.empty() || !json.is(Json::Type::kObject)) return fail(text("IDENTIFY was answered by ", answer.substr(0, 100)));
-      const Json *broadcast = json.find("broadcast_address"), *http = json.find("http_port");
-      if (broadcast != nullptr) broadcast_address = broadcast->string;
-      if (http != nullptr) http_port = http->integer().value_or(0);
+      broadcast_address_ = member_of(json, "broadcast_address").string;
+      http_port_ = member_of(json, "http_port").integer().value_or(0);
       broker_.logger.say(Level::kInfo, "LOOKUPD(", address, "): connected");
       pause_ = kSecond / 8;
     }
@@ -5061,6 +4923,8 @@ class LookupPeer {
   bool established_ = false, awaiting_ = false;
   std::deque<std::string> commands_;  // the first one is under way when awaiting_
   int64_t pause_ = kSecond / 8, tried_at_ = 0;
+  std::string broadcast_address_;
+  int64_t http_port_ = 0;
   Timer timer_;
 };
 
@@ -5090,7 +4954,8 @@ class Cluster {
     look_ups_.clear();
   }
   void tell(const Topic& topic, const Channel* channel, bool created) {
-    const std::string command = text(created ? "REGISTER " : "UNREGISTER ", topic.name, channel == nullptr ? "" : " ", channel == nullptr ? "" : channel->name, "\n");
+    const std::string name = channel == nullptr ? topic.name : text(topic.name, " ", channel->name);
+    const std::string command = text(created ? "REGISTER " : "UNREGISTER ", name, "\n");
     for (auto& [address, peer] : peers_) peer->tell(command);
   }
 
@@ -5099,27 +4964,25 @@ class Cluster {
   bool look_up(std::string_view name, Session& session) {
     if (peers_.empty()) return false;
     Topic& topic = broker_.topic(name);
-    size_t asked = 0;
-    auto& look_up = look_ups_[topic.name];
-    for (auto& [address, peer] : peers_) {
-      if (peer->broadcast_address.empty() || peer->http_port == 0) continue;
-      ++asked;
-      const std::string host = peer->broadcast_address.find(':') == std::string::npos ? peer->broadcast_address : "[" + peer->broadcast_address + "]";
-      const std::string server = text(host, ":", peer->http_port);
-      const std::string request = HttpCall::request_text("GET", server, "/channels?topic=" + percent_encoded(name), {});
-      dial_(server, std::make_shared<HttpCall>(broker_, request, [this, topic_name = topic.name, peer_address = address](int status, const std::string& body) {
-              take_channels(topic_name, peer_address, status, body);
-            }));
-    }
-    if (asked == 0) {
+    std::vector<std::string> servers;
+    for (const auto& [address, peer] : peers_)
+      if (std::string server = peer->http_address(); !server.empty()) servers.push_back(std::move(server));
+    if (servers.empty()) {
       broker_.logger.say(Level::kError, "no available nsqlookupd to query for channels to pre-create for topic ", name);
-      look_ups_.erase(topic.name);
       return false;
     }
-    look_up.missing = asked;
+    LookUp& look_up = look_ups_[topic.name];
+    look_up.missing = servers.size();
     look_up.waiting.push_back(session.weak_from_this());
     topic.hold_back(true);
     session.parked = true;
+    for (const std::string& server : servers) {
+      auto done = [this, topic_name = topic.name, server](int status, const std::string& body) {
+        take_channels(topic_name, server, status, body);
+      };
+      const std::string request = HttpCall::request_text("GET", server, "/channels?topic=" + percent_encoded(name), {});
+      dial_(server, std::make_shared<HttpCall>(broker_, request, done));
+    }
     return true;
   }
 
@@ -5127,7 +4990,7 @@ class Cluster {
   void ask_auth(V2Session& session) {
     const auto& servers = broker_.options.auth_http_address;
     session.parked = true;
-    ask_auth_server(session.weak_from_this(), session.secret(), session.ip(), static_cast<size_t>(broker_.now.wall / kMicrosecond) % servers.size(), servers.size());
+    ask_auth_server(session, static_cast<size_t>(broker_.now.wall / kMicrosecond) % servers.size(), servers.size());
   }
 
  private:
@@ -5146,19 +5009,19 @@ class Cluster {
     return commands;
   }
 
-  void take_channels(const std::string& name, const std::string& peer, int status, const std::string& body) {
+  void take_channels(const std::string& name, const std::string& server, int status, const std::string& body) {
     const auto found = look_ups_.find(name);
     if (found == look_ups_.end()) return;
     LookUp& look_up = found->second;
     JsonParser parser{body};
     const Json answer = status == 200 ? parser.parse() : Json();
-    const Json* channels = answer.find("channels");
-    if (status != 200 || !parser.error.empty() || channels == nullptr) {
-      broker_.logger.say(Level::kWarning, "failed to query nsqlookupd ", peer, " for channels of topic ", name, " - ", status == 200 ? "unusable answer" : body.substr(0, 100));
-    } else {
-      for (const Json& channel : channels->items)
-        if (valid_name(channel.string) && !is_ephemeral(channel.string)) look_up.channels.insert(channel.string);
+    const bool usable = parser.error.empty() && answer.find("channels") != nullptr;
+    if (!usable) {
+      const std::string why = status == 200 ? "unusable answer" : body.substr(0, 100);
+      broker_.logger.say(Level::kWarning, "failed to query nsqlookupd ", server, " for channels of topic ", name, " - ", why);
     }
+    for (const Json& channel : usable ? member_of(answer, "channels").items : std::vector<Json>())
+      if (valid_name(channel.string) && !is_ephemeral(channel.string)) look_up.channels.insert(channel.string);
     if (--look_up.missing > 0) return;
     const LookUp complete = std::move(look_up);
     look_ups_.erase(found);
@@ -5172,61 +5035,61 @@ class Cluster {
     }
   }
 
-  void ask_auth_server(std::weak_ptr<Session> asker, const std::string& secret, const std::string& ip, size_t which, size_t left) {
-    const Options& options = broker_.options;
-    const std::string& configured = options.auth_http_address[which % options.auth_http_address.size()];
-    std::string host = configured, path = "/auth";
-    if (const size_t scheme = configured.find("://"); scheme != configured.npos) {
-      const size_t slash = configured.find('/', scheme + 3);
-      host = configured.substr(scheme + 3, slash == configured.npos ? slash : slash - scheme - 3);
-      path = slash == configured.npos ? "/" : configured.substr(slash);
+  std::string auth_request(const V2Session& session, const std::string& host, const std::string& path) const {
+    using List = std::vector<std::string>;
+    if (broker_.options.auth_http_request_method == "post") {
+      JsonWriter json;
+      json.open('{').member("common_name", List{""}).member("remote_ip", List{session.ip()});
+      json.member("secret", List{session.secret()}).member("tls", List{"false"}).close('}');
+      return HttpCall::request_text("POST", host, path, json.out);
     }
-    const std::string address = host.find(':', host.rfind(']') == host.npos ? 0 : host.rfind(']')) == host.npos ? host + ":80" : host;
-    const bool post = options.auth_http_request_method == "post";
-    JsonWriter json;
-    auto list = [&json](std::string_view key, std::string_view value) { json.key(key).open('[').value(value).close(']'); };
-    json.open('{');
-    list("common_name", ""), list("remote_ip", ip), list("secret", secret), list("tls", "false");
-    json.close('}');
-    const std::string query = text("common_name=&remote_ip=", percent_encoded(ip), "&secret=", percent_encoded(secret), "&tls=false");
-    const std::string target = post ? path : text(path, path.find('?') == path.npos ? "?" : "&", query);
-    auto done = [this, asker, secret, ip, which, left, configured](int status, const std::string& body) {
+    const std::string ip = percent_encoded(session.ip()), secret = percent_encoded(session.secret());
+    const std::string_view separator = path.find('?') == path.npos ? "?" : "&";
+    return HttpCall::request_text("GET", host, text(path, separator, "common_name=&remote_ip=", ip, "&secret=", secret, "&tls=false"), {});
+  }
+
+  void ask_auth_server(V2Session& session, size_t which, size_t left) {
+    const auto& servers = broker_.options.auth_http_address;
+    const std::string& server = servers[which % servers.size()];
+    auto done = [this, asker = session.weak_from_this(), which, left, server](int status, const std::string& body) {
       auto grant = status == 200 ? parse_grant(body) : nullptr;
-      const auto session = asker.lock();
-      if (grant == nullptr) broker_.logger.say(Level::kError, "AUTH: ", configured, " - ", status == 0 ? body : text("unusable answer, status ", status));
-      if (session == nullptr) return;
-      if (grant == nullptr && left > 1) return ask_auth_server(asker, secret, ip, which + 1, left - 1);
-      static_cast<V2Session&>(*session).auth_answered(std::move(grant));
+      if (grant == nullptr)
+        broker_.logger.say(Level::kError, "AUTH: ", server, " - ", status == 0 ? body : text("unusable answer, status ", status));
+      const auto locked = asker.lock();
+      if (locked == nullptr) return;
+      auto& waiting = static_cast<V2Session&>(*locked);
+      if (grant == nullptr && left > 1) ask_auth_server(waiting, which + 1, left - 1);
+      else waiting.auth_answered(std::move(grant));
     };
-    auto call = std::make_shared<HttpCall>(broker_, HttpCall::request_text(post ? "POST" : "GET", host, target, post ? json.out : std::string()), done);
-    dial_(configured.compare(0, 8, "https://") == 0 ? "" : address, call);  // no TLS: fails at once
+    const std::string url = server.find("://") == server.npos ? text("http://", server, "/auth") : server;
+    const size_t begin = url.find("://") + 3, slash = std::min(url.find('/', begin), url.size());
+    const std::string host = url.substr(begin, slash - begin), path = slash < url.size() ? url.substr(slash) : "/";
+    const bool has_port = host.find(':', host.find(']') + 1) != host.npos;  // from the front where there is no ]
+    const bool https = url.compare(0, 8, "https://") == 0;                  // there is no TLS: no address, so that it fails at once
+    dial_(https ? "" : has_port ? host : host + ":80", std::make_shared<HttpCall>(broker_, auth_request(session, host, path), done));
   }
 
   /// An answer without a ttl, with an unknown permission or a broken pattern is as good as none.
   std::shared_ptr<AuthGrant> parse_grant(const std::string& body) const {
     JsonParser parser{body};
     const Json json = parser.parse();
-    const Json* ttl = json.find("ttl");
-    if (!parser.error.empty() || !json.is(Json::Type::kObject) || ttl == nullptr || ttl->integer().value_or(0) <= 0) return nullptr;
+    const int64_t ttl = member_of(json, "ttl").integer().value_or(0);
+    if (!parser.error.empty() || ttl <= 0) return nullptr;
     auto grant = std::make_shared<AuthGrant>();
-    const int64_t seconds = std::min<int64_t>(*ttl->integer(), kNever / kSecond / 2);
-    grant->expires = saturating_add(broker_.now.steady, seconds * kSecond);
-    if (const Json* identity = json.find("identity")) grant->identity = identity->string;
-    if (const Json* url = json.find("identity_url")) grant->identity_url = url->string;
-    const Json* authorizations = json.find("authorizations");
-    for (const Json& item : authorizations == nullptr ? std::vector<Json>() : authorizations->items) {
-      AuthGrant::Authorization authorization;
-      const Json *topic = item.find("topic"), *channels = item.find("channels"), *permissions = item.find("permissions");
-      authorization.topic = std::make_unique<Pattern>(topic == nullptr ? "" : topic->string);
-      bool good = authorization.topic->valid();
-      for (const Json& channel : channels == nullptr ? std::vector<Json>() : channels->items) {
-        authorization.channels.push_back(std::make_unique<Pattern>(channel.string));
-        good = good && authorization.channels.back()->valid();
+    grant->expires = saturating_add(broker_.now.steady, std::min(ttl, kNever / kSecond) * kSecond);
+    grant->identity = member_of(json, "identity").string;
+    grant->identity_url = member_of(json, "identity_url").string;
+    for (const Json& item : member_of(json, "authorizations").items) {
+      AuthGrant::Authorization authorization{Pattern(member_of(item, "topic").string)};
+      bool good = authorization.topic.valid();
+      for (const Json& channel : member_of(item, "channels").items) {
+        authorization.channels.emplace_back(channel.string);
+        good = good && authorization.channels.back().valid();
       }
-      for (const Json& permission : permissions == nullptr ? std::vector<Json>() : permissions->items) {
-        if (permission.string == "publish") authorization.publish = true;
-        else if (permission.string == "subscribe") authorization.subscribe = true;
-        else good = false;
+      for (const Json& permission : member_of(item, "permissions").items) {
+        bool& granted = permission.string == "publish" ? authorization.publish : authorization.subscribe;
+        granted = true;
+        good = good && (permission.string == "publish" || permission.string == "subscribe");
       }
       if (!good) return nullptr;
       grant->authorizations.push_back(std::move(authorization));
