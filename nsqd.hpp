@@ -111,7 +111,7 @@ struct Options {
 
   // The cluster.
   static constexpr int64_t kFromHostName = std::numeric_limits<int64_t>::min();
-  int64_t node_id = kFromHostName;  // 0 to 1023, part of every message id; the default is nsqd's hash of the host's name
+  int64_t node_id = kFromHostName;  // 0 to 1023, part of every message id; the default is a hash of the host's name
   std::vector<std::string> lookupd_tcp_address;
   std::vector<std::string> auth_http_address;
   std::string auth_http_request_method = "get";
@@ -387,16 +387,16 @@ void put_be(char* to, Number number) {
   for (size_t i = sizeof number; i-- > 0; number = static_cast<Number>(number >> 8)) to[i] = static_cast<char>(number & 0xFF);
 }
 
-inline constexpr std::string_view kEphemeral = "#ephemeral";
-
 inline bool ends_with(std::string_view whole, std::string_view end) {
   return whole.size() >= end.size() && whole.substr(whole.size() - end.size()) == end;
 }
+
+inline constexpr std::string_view kDigits = "0123456789", kEphemeral = "#ephemeral";
 inline bool is_ephemeral(std::string_view name) { return ends_with(name, kEphemeral); }
 
 /// Topic and channel names: 1 to 64 of . _ - and ASCII letters and digits, the suffix #ephemeral counted but not alone.
 inline bool valid_name(std::string_view name) {
-  if (name.empty() || name.size() > 64) return false;
+  if (name.size() > 64) return false;
   if (is_ephemeral(name)) name.remove_suffix(kEphemeral.size());
   auto allowed = [](char c) {
     return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '.' || c == '_' || c == '-';
@@ -418,16 +418,32 @@ inline std::string_view trimmed(std::string_view word) {
   return first == word.npos ? std::string_view() : word.substr(first, word.find_last_not_of(" \t\r") - first + 1);
 }
 
-/// A whole decimal number: digits only, unless a sign is allowed. Nothing for anything else, overflow included.
-inline std::optional<int64_t> decimal(std::string_view digits, bool sign_allowed = false) {
-  const bool negative = sign_allowed && !digits.empty() && digits[0] == '-';
-  if (sign_allowed && !digits.empty() && (digits[0] == '-' || digits[0] == '+')) digits.remove_prefix(1);
+/// Takes the characters before `end` (npos: all) off the front of a text.
+inline std::string_view take_front(std::string_view& from, size_t end) {
+  const std::string_view front = from.substr(0, end);
+  from.remove_prefix(front.size());
+  return front;
+}
+/// Takes a sign off the front. Returns whether it is a minus.
+inline bool take_sign(std::string_view& from) {
+  return take_front(from, !from.empty() && (from[0] == '-' || from[0] == '+') ? 1 : 0) == "-";
+}
+
+/// The value of a hex digit, or 16 for any other character.
+inline int64_t hex_digit(char c) {
+  const size_t value = std::string_view("0123456789abcdef").find(lower(c));
+  return value == std::string_view::npos ? 16 : static_cast<int64_t>(value);
+}
+
+/// A whole number: digits only, unless a sign is allowed. Nothing for anything else, overflow included.
+inline std::optional<int64_t> decimal(std::string_view digits, bool sign_allowed = false, int64_t base = 10) {
+  const int64_t sign = sign_allowed && take_sign(digits) ? -1 : 1;
   if (digits.empty()) return std::nullopt;
   int64_t number = 0;
   for (char c : digits) {
-    if (c < '0' || c > '9') return std::nullopt;
-    const int64_t digit = negative ? -(c - '0') : c - '0';
-    if (__builtin_mul_overflow(number, 10, &number) || __builtin_add_overflow(number, digit, &number)) return std::nullopt;
+    const int64_t digit = hex_digit(c);
+    const bool overflow = __builtin_mul_overflow(number, base, &number) || __builtin_add_overflow(number, sign * digit, &number);
+    if (digit >= base || overflow) return std::nullopt;
   }
   return number;
 }
@@ -441,14 +457,10 @@ struct Now {
 class Timer;
 
 /// All deadlines of a daemon, the earliest first. Timers are set and fired by the loop's thread only.
-class Timers {
- public:
-  int64_t next() const { return queue_.empty() ? kNever : queue_.begin()->first; }
+struct Timers {
+  std::set<std::pair<int64_t, Timer*>> queue;
+  int64_t next() const { return queue.empty() ? kNever : queue.begin()->first; }
   void run(int64_t now);
-
- private:
-  friend class Timer;
-  std::set<std::pair<int64_t, Timer*>> queue_;
 };
 
 /// Calls `fire` once when its time has come, if it was set; destroying it takes it back.
@@ -461,21 +473,21 @@ class Timer {
   int64_t due() const { return due_; }
   void set(int64_t due) {
     if (due == due_) return;
-    if (due_ != kNever) timers_.queue_.erase({due_, this});
+    if (due_ != kNever) timers_.queue.erase({due_, this});
     due_ = due;
-    if (due_ != kNever) timers_.queue_.insert({due_, this});
+    if (due_ != kNever) timers_.queue.insert({due_, this});
   }
 
  private:
-  friend class Timers;
+  friend struct Timers;
   Timers& timers_;
   std::function<void()> fire_;
   int64_t due_ = kNever;
 };
 
 inline void Timers::run(int64_t now) {
-  while (next() <= now) {
-    Timer* timer = queue_.begin()->second;
+  for (size_t most = queue.size(); most > 0 && next() <= now; --most) {  // one that sets itself in the past waits for the next turn
+    Timer* timer = queue.begin()->second;
     timer->set(kNever);
     const auto fire = timer->fire_;  // a copy: the timer may be destroyed by what it fires
     fire();
@@ -504,35 +516,28 @@ struct MessageId {
 class IdSource {
  public:
   explicit IdSource(int64_t node) : node_(static_cast<uint64_t>(node) << 12) {}
-  MessageId next(int64_t wall) {
+  const MessageId& next(int64_t wall) {
     static constexpr int64_t kTwepoch = 1288834974288;  // nsqd 1.3.0's own zero
     const uint64_t step = static_cast<uint64_t>((wall >> 20) - kTwepoch);
-    if (step > step_) {
-      step_ = step;
+    if (step > step_ || ++sequence_ == 4096) {
+      step_ = std::max(step, step_ + 1);
       sequence_ = 0;
-    } else if (++sequence_ == 4096) {
-      ++step_;
-      sequence_ = 0;
+      write(step_ << 22 | node_, 0);
     }
-    return hex(step_ << 22 | node_ | sequence_);
+    write(sequence_, 13);  // the last three digits, and nearly always all that changes
+    return id_;
   }
   /// Never make an id below this one again: it was found in the log at the start.
   void skip_past(const MessageId& id) {
-    uint64_t number = 0;
-    for (char c : id.text) {
-      const int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
-      if (digit < 0) return;  // not one of ours
-      number = number << 4 | static_cast<uint64_t>(digit);
-    }
+    const auto number = static_cast<uint64_t>(decimal({id.text.data(), 16}, false, 16).value_or(0));  // 0: not one of ours
     if ((number & 0x3FF000) == node_) step_ = std::max(step_, (number >> 22) + 1);
   }
 
  private:
-  static MessageId hex(uint64_t number) {
-    MessageId id;
-    for (size_t i = 16; i-- > 0; number >>= 4) id.text[i] = "0123456789abcdef"[number & 15];
-    return id;
+  void write(uint64_t number, size_t first_digit) {
+    for (size_t i = 16; i-- > first_digit; number >>= 4) id_.text[i] = "0123456789abcdef"[number & 15];
   }
+  MessageId id_{};
   uint64_t node_;
   uint64_t step_ = 0;
   uint64_t sequence_ = 0;
@@ -543,7 +548,7 @@ class IdSource {
 inline uint32_t checksum(uint64_t seed, const char* data, size_t size) {
   constexpr uint64_t kOdd = 0x9E3779B97F4A7C15u;
   auto stir = [](uint64_t lane, uint64_t word) {
-    lane = (lane ^ word) * 0x9E3779B97F4A7C15u;
+    lane = (lane ^ word) * kOdd;
     return lane << 29 | lane >> 35;
   };
   uint64_t a = seed ^ (size * kOdd), b = seed + 1, c = ~seed, d = seed * kOdd;
@@ -553,53 +558,14 @@ inline uint32_t checksum(uint64_t seed, const char* data, size_t size) {
     c = stir(c, load<uint64_t>(data + 16));
     d = stir(d, load<uint64_t>(data + 24));
   }
-  for (; size >= 8; data += 8, size -= 8) a = stir(a, load<uint64_t>(data));
-  uint64_t rest = 0;
-  if (size > 0) std::memcpy(&rest, data, size);
-  const uint64_t folded = stir(stir(stir(stir(a, rest), b), c), d);
+  std::array<char, 32> rest{};
+  if (size > 0) std::memcpy(rest.data(), data, size);
+  a = stir(a, load<uint64_t>(&rest[0]));
+  b = stir(b, load<uint64_t>(&rest[8]));
+  c = stir(c, load<uint64_t>(&rest[16]));
+  d = stir(d, load<uint64_t>(&rest[24]));
+  const uint64_t folded = stir(stir(a, b), stir(c, d));
   return static_cast<uint32_t>(folded ^ (folded >> 32));
-}
-
-/// CRC-32 (IEEE 802.3), bit by bit: used once, for the default node id.
-inline uint32_t crc32(std::string_view data) {
-  uint32_t crc = ~0u;
-  for (char c : data) {
-    crc ^= static_cast<uint8_t>(c);
-    for (int bit = 0; bit < 8; ++bit) crc = (crc >> 1) ^ ((crc & 1) ? 0xEDB88320u : 0u);
-  }
-  return ~crc;
-}
-
-/// MD5 (RFC 1321): used once, for the default node id. Not for secrets.
-inline std::string md5(std::string_view data) {
-  std::string padded(data);
-  padded += '\x80';
-  padded.resize((padded.size() + 8 + 63) / 64 * 64 - 8);
-  for (size_t i = 0; i < 8; ++i) padded += static_cast<char>((static_cast<uint64_t>(data.size()) * 8) >> (8 * i) & 0xFF);
-  constexpr std::array<std::array<uint32_t, 4>, 4> kShift = {{{7, 12, 17, 22}, {5, 9, 14, 20}, {4, 11, 16, 23}, {6, 10, 15, 21}}};
-  std::array<uint32_t, 4> state = {0x67452301, 0xefcdab89, 0x98badcfe, 0x10325476};
-  for (size_t block = 0; block < padded.size(); block += 64) {
-    auto [a, b, c, d] = state;
-    for (uint32_t i = 0; i < 64; ++i) {
-      const uint32_t round = i / 16;
-      const uint32_t mix = round == 0 ? (b & c) | (~b & d) : round == 1 ? (d & b) | (~d & c) : round == 2 ? b ^ c ^ d : c ^ (b | ~d);
-      const uint32_t at = round == 0 ? i : round == 1 ? (5 * i + 1) % 16 : round == 2 ? (3 * i + 5) % 16 : (7 * i) % 16;
-      uint32_t word = 0;
-      for (size_t k = 4; k-- > 0;) word = word << 8 | static_cast<uint8_t>(padded[block + at * 4 + k]);
-      const uint32_t sine = static_cast<uint32_t>(std::fabs(std::sin(i + 1.0)) * 4294967296.0);
-      const uint32_t turned = a + mix + word + sine;
-      const uint32_t by = kShift[round][i % 4];
-      a = d;
-      d = c;
-      c = b;
-      b += turned << by | turned >> (32 - by);
-    }
-    state = {state[0] + a, state[1] + b, state[2] + c, state[3] + d};
-  }
-  std::string digest;
-  for (uint32_t word : state)
-    for (uint32_t i = 0; i < 4; ++i) digest += static_cast<char>(word >> (8 * i) & 0xFF);
-  return digest;
 }
 
 inline std::string host_name() {
@@ -609,20 +575,18 @@ inline std::string host_name() {
 
 /// A Go-style duration (1h2m3.5s), as nsqd shows the time that it has been up.
 inline std::string duration_text(int64_t nanoseconds) {
-  if (nanoseconds < kSecond) {
-    const bool ms = nanoseconds >= kMillisecond;
-    std::string shown = std::to_string(static_cast<double>(nanoseconds) / static_cast<double>(ms ? kMillisecond : kMicrosecond));
-    shown.erase(shown.find_last_not_of('0') + 1);
-    if (shown.back() == '.') shown.pop_back();
-    return nanoseconds == 0 ? "0s" : shown + (ms ? "ms" : "\xC2\xB5s");
-  }
-  const int64_t seconds = nanoseconds / kSecond;
-  std::string fraction = std::to_string(kSecond + nanoseconds % kSecond).replace(0, 1, ".");
-  fraction.erase(fraction.find_last_not_of('0') + 1);
-  std::string shown = std::to_string(seconds % 60) + (fraction == "." ? "" : fraction) + "s";
-  if (seconds >= 60) shown = text(seconds / 60 % 60, "m", shown);
-  if (seconds >= 3600) shown = text(seconds / 3600, "h", shown);
-  return shown;
+  auto in = [](int64_t amount, int64_t unit, std::string_view name) {  // units are powers of 10
+    std::string fraction = std::to_string(unit + amount % unit).replace(0, 1, ".");
+    fraction.erase(fraction.find_last_not_of(".0") + 1);
+    return text(amount / unit, fraction, name);
+  };
+  if (nanoseconds == 0) return "0s";
+  if (nanoseconds < kMillisecond) return in(nanoseconds, kMicrosecond, "\xC2\xB5s");
+  if (nanoseconds < kSecond) return in(nanoseconds, kMillisecond, "ms");
+  const int64_t minutes = nanoseconds / kSecond / 60;
+  const std::string seconds = in(nanoseconds % (60 * kSecond), kSecond, "s");
+  if (minutes == 0) return seconds;
+  return minutes < 60 ? text(minutes, "m", seconds) : text(minutes / 60, "h", minutes % 60, "m", seconds);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -636,7 +600,6 @@ class Logger {
   explicit Logger(const Options& options) : level_(options.log_level), prefix_(options.log_prefix), sink_(options.log) {}
   bool wants(Level level) const { return level >= level_; }
   void set_level(Level level) { level_ = level; }
-  Level level() const { return level_; }
 
   template <typename... Parts>
   void say(Level level, const Parts&... parts) const {
@@ -644,21 +607,20 @@ class Logger {
   }
 
   static std::string line(std::string_view prefix, Level level, std::string_view message) {
+    static constexpr std::array<std::string_view, 6> kNames = {"", "DEBUG", "INFO", "WARNING", "ERROR", "FATAL"};
     timespec now{};
     ::clock_gettime(CLOCK_REALTIME, &now);
     tm local{};
     ::localtime_r(&now.tv_sec, &local);
     std::array<char, 48> stamp{};
-    const size_t size = std::strftime(stamp.data(), stamp.size(), "%Y/%m/%d %H:%M:%S", &local);
-    std::string fraction = std::to_string(1000000 + now.tv_nsec / 1000).replace(0, 1, ".");
-    static constexpr std::array<std::string_view, 6> kNames = {"", "DEBUG", "INFO", "WARNING", "ERROR", "FATAL"};
-    return text(prefix, std::string_view(stamp.data(), size), fraction, " ", kNames[static_cast<size_t>(level)], ": ", message);
+    std::strftime(stamp.data(), stamp.size(), "%Y/%m/%d %H:%M:%S", &local);
+    const std::string fraction = std::to_string(1000000 + now.tv_nsec / 1000).replace(0, 1, ".");
+    return text(prefix, stamp.data(), fraction, " ", kNames[static_cast<size_t>(level)], ": ", message);
   }
 
  private:
   void write(std::string entry) const {
-    for (char& c : entry)  // a line is a line, whatever a client calls itself
-      if (c == '\n' || c == '\r') c = ' ';
+    std::replace_if(entry.begin(), entry.end(), [](char c) { return c == '\n' || c == '\r'; }, ' ');  // whatever a client calls itself
     if (sink_) return sink_(entry);
     entry += '\n';
     [[maybe_unused]] const ssize_t written = ::write(STDERR_FILENO, entry.data(), entry.size());  // nowhere to complain
@@ -695,162 +657,163 @@ struct Json {
 };
 
 /// The value of a whole text. `error` is empty, or says what is wrong and where. Nesting is bounded, so that no input can
-/// exhaust the stack.
-struct JsonParser {
-  std::string_view input;
-  std::string error = {};
-  size_t at = 0;
+/// exhaust the stack. What is virtual is what the config file, whose values are read by this parser too, does otherwise.
+class JsonParser {
+ public:
+  explicit JsonParser(std::string_view text) : input_(text) {}
+  std::string error;
 
   Json parse() {
-    Json value = parse_value(0);
+    Json value = parse_value();
     skip_space();
-    if (error.empty() && at != input.size()) fail("unexpected text after the value");
+    if (at_ < input_.size()) fail("unexpected text after the value");
     return value;
   }
 
- private:
-  static constexpr int kDepth = 64;
-
+ protected:
+  /// Keeps the first error, and goes to the end of the input, where everything that was begun ends by itself.
   void fail(std::string_view why) {
-    if (!error.empty()) return;
-    const std::string_view before = input.substr(0, at);
+    const std::string_view before = input_.substr(0, at_);
     const auto line = 1 + std::count(before.begin(), before.end(), '\n');
-    const size_t begin = before.rfind('\n') == before.npos ? 0 : before.rfind('\n') + 1;
-    error = text(why, " at line ", line, ", column ", at - begin + 1);
+    if (error.empty()) error = text(why, " at line ", line, ", column ", at_ - before.rfind('\n'));  // npos is -1
+    at_ = input_.size();
   }
-  void skip_space() {
-    while (at < input.size() && std::string_view(" \t\r\n").find(input[at]) != std::string_view::npos) ++at;
-  }
+  char next() const { return at_ < input_.size() ? input_[at_] : '\0'; }
+  void skip(std::string_view characters) { at_ = std::min(input_.find_first_not_of(characters, at_), input_.size()); }
   bool take(char c) {
     skip_space();
-    if (at >= input.size() || input[at] != c) return false;
-    ++at;
-    return true;
-  }
-  bool take_word(std::string_view word) {
-    if (input.substr(at, word.size()) != word) return false;
-    at += word.size();
+    if (at_ >= input_.size() || input_[at_] != c) return false;
+    ++at_;
     return true;
   }
 
-  Json parse_value(int depth) {
+  Json parse_value() {
     Json value;
     skip_space();
-    if (depth > kDepth) fail("nested too deeply");
-    else if (at >= input.size()) fail("unexpected end");
-    else if (input[at] == '{') parse_members(value, Json::Type::kObject, '}', depth);
-    else if (input[at] == '[') parse_members(value, Json::Type::kArray, ']', depth);
-    else if (input[at] == '"') parse_string(value.string), value.type = Json::Type::kString;
-    else if (take_word("true")) value.boolean = true, value.type = Json::Type::kBool;
-    else if (take_word("false")) value.type = Json::Type::kBool;
-    else if (!take_word("null")) parse_number(value);
+    if (depth_ > 64) fail("nested too deeply");
+    else if (next() == '{') parse_members(value, Json::Type::kObject, '}');
+    else if (next() == '[') parse_members(value, Json::Type::kArray, ']');
+    else if (!parse_scalar(value)) fail(at_ < input_.size() ? "expected a value" : "unexpected end");
     return value;
   }
-
-  void parse_members(Json& value, Json::Type type, char close, int depth) {
+  void parse_members(Json& value, Json::Type type, char close) {
     value.type = type;
-    ++at;
-    if (take(close)) return;
-    do {
-      if (type == Json::Type::kObject) {
-        skip_space();
-        value.keys.emplace_back();
-        if (at >= input.size() || input[at] != '"') return fail("expected a name in quotes");
-        parse_string(value.keys.back());
-        if (!take(':')) return fail("expected ':'");
-      }
-      value.items.push_back(parse_value(depth + 1));
-      if (!error.empty()) return;
-    } while (take(','));
-    if (!take(close)) fail(type == Json::Type::kObject ? "expected ',' or '}'" : "expected ',' or ']'");
-  }
-
-  void parse_number(Json& value) {
-    const size_t begin = at;
-    auto digits = [this] {
-      const size_t from = at;
-      while (at < input.size() && input[at] >= '0' && input[at] <= '9') ++at;
-      return at > from;
-    };
-    auto one_of = [this](std::string_view set) { return at < input.size() && set.find(input[at]) != set.npos && (++at, true); };
-    one_of("-");
-    bool good = one_of("0") || digits();
-    if (good && one_of(".")) good = digits();
-    if (good && one_of("eE")) one_of("+-"), good = digits();
-    if (!good) {
-      at = begin;
-      return fail("expected a value");
+    ++at_;
+    ++depth_;
+    for (bool more = !take(close); more; more = take_comma(close)) {
+      if (type == Json::Type::kObject) value.keys.push_back(parse_name());
+      value.items.push_back(parse_value());
     }
-    value.type = Json::Type::kNumber;
-    value.string = input.substr(begin, at - begin);
+    --depth_;
   }
+  /// What the parser is at, up to the next sign or space.
+  std::string_view bare_word() const { return input_.substr(at_, input_.find_first_of(" \t\r\n,]}#", at_) - at_); }
 
-  void parse_string(std::string& out) {
-    for (++at; at < input.size() && input[at] != '"';) {
-      const char c = input[at];
-      if (static_cast<unsigned char>(c) < 0x20) return fail("control character in a string");
-      ++at;
-      if (c == '\\') parse_escape(out);
+  /// A string with the escapes of JSON; between single quotes there are none.
+  std::string parse_string(bool tabs_allowed = false) {
+    const char quote = input_[at_++];
+    std::string out;
+    while (at_ < input_.size() && next() != quote) {
+      const char c = input_[at_];
+      if (static_cast<unsigned char>(c) < 0x20 && !(c == '\t' && tabs_allowed)) fail("control character in a string");
+      else if (++at_; c == '\\' && quote == '"') parse_escape(out);
       else out += c;
-      if (!error.empty()) return;
     }
-    if (at >= input.size()) return fail("unexpected end in a string");
-    ++at;
+    if (at_ >= input_.size()) fail("unexpected end in a string");
+    else ++at_;
+    return out;
+  }
+
+  virtual void skip_space() { skip(" \t\r\n"); }
+  /// The name of a member, and the sign after it.
+  virtual std::string parse_name() {
+    skip_space();
+    if (next() != '"') return fail("expected a name in quotes"), "";
+    const std::string name = parse_string();
+    if (!take(':')) fail("expected ':'");
+    return name;
+  }
+  /// Whether another member follows in a list that ends with `close`.
+  virtual bool take_comma(char close) {
+    if (take(',')) return true;
+    if (!take(close)) fail(text("expected ',' or '", std::string(1, close), "'"));
+    return false;
+  }
+  /// A value without members. Returns whether there was one.
+  virtual bool parse_scalar(Json& value) {
+    if (next() == '"') {
+      value.type = Json::Type::kString;
+      value.string = parse_string();
+      return true;
+    }
+    const std::string_view word = bare_word();
+    value.boolean = word == "true";
+    value.string = is_number(word) ? word : "";
+    if (!value.string.empty()) value.type = Json::Type::kNumber;
+    else if (word == "true" || word == "false") value.type = Json::Type::kBool;
+    else if (word != "null") return false;
+    at_ += word.size();
+    return true;
+  }
+
+  std::string_view input_;
+  size_t at_ = 0;
+  int depth_ = 0;
+
+ private:
+  static bool is_number(std::string_view word) {
+    auto digits = [&word] { return take_front(word, word.find_first_not_of(kDigits)); };
+    auto one_of = [&word](std::string_view set) { return !take_front(word, std::min<size_t>(word.find_first_not_of(set), 1)).empty(); };
+    one_of("-");
+    bool good = one_of("0") || !digits().empty();
+    if (good && one_of(".")) good = !digits().empty();
+    if (good && one_of("eE")) one_of("+-"), good = !digits().empty();
+    return good && word.empty();
   }
 
   void parse_escape(std::string& out) {
-    if (at >= input.size()) return fail("unexpected end in a string");
     static constexpr std::string_view kFrom = "\"\\/bfnrt", kTo = "\"\\/\b\f\n\r\t";
-    const char c = input[at++];
-    if (const size_t which = kFrom.find(c); which != kFrom.npos) {
-      out += kTo[which];
-    } else if (c == 'u') {
-      uint32_t code = parse_hex();
-      if (code >= 0xD800 && code < 0xDC00 && input.substr(at, 2) == "\\u") {  // the first half of a pair
-        at += 2;
-        const uint32_t second = parse_hex();
-        code = second >= 0xDC00 && second < 0xE000 ? 0x10000 + ((code - 0xD800) << 10) + (second - 0xDC00) : 0xFFFD;
-      }
-      append_utf8(out, code >= 0xD800 && code < 0xE000 ? 0xFFFD : code);
-    } else {
-      fail("unknown escape in a string");
-    }
+    const char c = next();
+    ++at_;
+    if (const size_t which = kFrom.find(c); which != kFrom.npos) out += kTo[which];
+    else if (c == 'u') append_utf8(out, parse_code_point());
+    else fail("unknown escape in a string");
   }
-
+  /// As Go does it, halves of a pair that stand alone are read as U+FFFD.
+  uint32_t parse_code_point() {
+    const uint32_t code = parse_hex();
+    if (code < 0xD800 || code >= 0xE000) return code;
+    if (code >= 0xDC00 || input_.substr(at_, 2) != "\\u") return 0xFFFD;
+    at_ += 2;
+    const uint32_t second = parse_hex();
+    return second >= 0xDC00 && second < 0xE000 ? 0x10000 + ((code - 0xD800) << 10) + (second - 0xDC00) : 0xFFFD;
+  }
   uint32_t parse_hex() {
-    uint32_t code = 0;
-    for (int i = 0; i < 4; ++i, ++at) {
-      const char c = at < input.size() ? lower(input[at]) : ' ';
-      if (c >= '0' && c <= '9') code = code * 16 + static_cast<uint32_t>(c - '0');
-      else if (c >= 'a' && c <= 'f') code = code * 16 + static_cast<uint32_t>(c - 'a' + 10);
-      else return fail("expected four hex digits"), 0;
-    }
-    return code;
+    const std::string_view digits = input_.substr(at_, 4);
+    const auto code = digits.size() == 4 ? decimal(digits, false, 16) : std::nullopt;
+    if (!code) fail("expected four hex digits");
+    else at_ += 4;
+    return static_cast<uint32_t>(code.value_or(0));
   }
-
- public:
   static void append_utf8(std::string& out, uint32_t code) {
-    if (code < 0x80) {
-      out += static_cast<char>(code);
-      return;
-    }
-    const int more = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
     static constexpr std::array<uint32_t, 4> kLead = {0, 0xC0, 0xE0, 0xF0};
-    out += static_cast<char>(kLead[static_cast<size_t>(more)] | (code >> (6 * more)));
-    for (int i = more - 1; i >= 0; --i) out += static_cast<char>(0x80 | (code >> (6 * i) & 0x3F));
+    const uint32_t more = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
+    out += static_cast<char>(kLead[more] | code >> (6 * more));
+    for (uint32_t i = more; i-- > 0;) out += static_cast<char>(0x80 | (code >> (6 * i) & 0x3F));
   }
 };
 
 /// The length of the UTF-8 character at the front of `s`, or 0 where its bytes are not UTF-8 (RFC 3629).
 inline size_t utf8_length(std::string_view s) {
-  auto byte = [&](size_t i) { return static_cast<uint8_t>(s[i]); };
-  if (byte(0) < 0x80) return 1;
-  const size_t size = byte(0) >= 0xC2 && byte(0) < 0xE0 ? 2 : byte(0) >= 0xE0 && byte(0) < 0xF0 ? 3 : byte(0) >= 0xF0 && byte(0) < 0xF5 ? 4 : 0;
-  if (size == 0 || s.size() < size) return 0;
-  for (size_t i = 1; i < size; ++i)
+  auto byte = [&s](size_t i) { return static_cast<uint8_t>(s[i]); };
+  const uint8_t first = byte(0);
+  const size_t size = first < 0x80 ? 1 : first < 0xC2 ? 0 : first < 0xE0 ? 2 : first < 0xF0 ? 3 : first < 0xF5 ? 4 : 0;
+  if (size < 2 || s.size() < size) return size == 1 ? 1 : 0;
+  for (size_t i = 2; i < size; ++i)
     if ((byte(i) & 0xC0) != 0x80) return 0;
-  if ((byte(0) == 0xE0 && byte(1) < 0xA0) || (byte(0) == 0xED && byte(1) > 0x9F)) return 0;
-  return (byte(0) == 0xF0 && byte(1) < 0x90) || (byte(0) == 0xF4 && byte(1) > 0x8F) ? 0 : size;
+  const uint8_t least = first == 0xE0 ? 0xA0 : first == 0xF0 ? 0x90 : 0x80;  // nothing in more bytes than it needs
+  const uint8_t most = first == 0xED ? 0x9F : first == 0xF4 ? 0x8F : 0xBF;   // no halves of pairs, nothing above U+10FFFF
+  return byte(1) >= least && byte(1) <= most ? size : 0;
 }
 
 /// `c` as `\x1f`, `\u001f` and the like: a prefix and lower-case hex digits.
@@ -865,79 +828,64 @@ class JsonWriter {
  public:
   std::string out;
 
-  JsonWriter& open(char bracket) {
-    comma();
-    out += bracket;
-    fresh_ = true;
-    return *this;
-  }
-  JsonWriter& close(char bracket) {
-    out += bracket;
-    fresh_ = false;
-    return *this;
-  }
-  JsonWriter& key(std::string_view name) {
-    value(name);
-    out += ':';
-    fresh_ = true;
-    return *this;
-  }
-  JsonWriter& raw(std::string_view json) {
-    comma();
-    out += json;
-    return *this;
-  }
-  JsonWriter& value(bool b) { return raw(b ? "true" : "false"); }
-  JsonWriter& value(int64_t number) { return raw(std::to_string(number)); }
-  JsonWriter& value(uint64_t number) { return raw(std::to_string(number)); }
-  JsonWriter& value(int number) { return raw(std::to_string(number)); }
-  JsonWriter& value(double number) {
-    std::array<char, 40> digits{};
-    for (int precision = 1; precision <= 17; ++precision) {  // the shortest that reads back the same
-      std::snprintf(digits.data(), digits.size(), "%.*g", precision, number);
-      if (std::strtod(digits.data(), nullptr) == number) break;
+  JsonWriter& raw(std::string_view json) { return append(comma(), false).append(json, false); }
+  JsonWriter& open(char bracket) { return append(comma(), false).append({&bracket, 1}, true); }
+  JsonWriter& close(char bracket) { return append({&bracket, 1}, false); }
+  JsonWriter& key(std::string_view name) { return raw(quoted(name)).append(":", true); }
+
+  /// A truth value, a number, a text, or a list of these.
+  template <typename Value>
+  JsonWriter& value(const Value& v) {
+    if constexpr (std::is_same_v<Value, bool>) return raw(v ? "true" : "false");
+    else if constexpr (std::is_integral_v<Value>) return raw(std::to_string(v));
+    else if constexpr (std::is_floating_point_v<Value>) return raw(shortest(v));
+    else if constexpr (std::is_convertible_v<const Value&, std::string_view>) return raw(quoted(v));
+    else {
+      open('[');
+      for (const auto& item : v) value(item);
+      return close(']');
     }
-    return raw(digits.data());
-  }
-  JsonWriter& value(const char* s) { return value(std::string_view(s)); }
-  JsonWriter& value(std::string_view s) {
-    comma();
-    out += '"';
-    while (!s.empty()) {
-      const size_t size = utf8_length(s);
-      append_character(size == 0 ? std::string_view() : s.substr(0, size));
-      s.remove_prefix(std::max<size_t>(size, 1));
-    }
-    out += '"';
-    return *this;
   }
   template <typename Value>
   JsonWriter& member(std::string_view name, const Value& v) {
     return key(name).value(v);
   }
-  JsonWriter& value(const std::vector<std::string>& list) {
-    open('[');
-    for (const std::string& item : list) value(std::string_view(item));
-    return close(']');
-  }
 
  private:
-  void comma() {
-    if (!fresh_) out += ',';
-    fresh_ = false;
+  std::string_view comma() const { return fresh_ ? "" : ","; }
+  JsonWriter& append(std::string_view piece, bool fresh) {
+    out += piece;
+    fresh_ = fresh;
+    return *this;
   }
-  void append_character(std::string_view character) {
-    const char c = character.empty() ? '\0' : character[0];
-    if (character.empty()) out += "\\ufffd";
-    else if (c == '"' || c == '\\') out += '\\', out += c;
-    else if (c == '\n') out += "\\n";
-    else if (c == '\r') out += "\\r";
-    else if (c == '\t') out += "\\t";
-    else if (static_cast<unsigned char>(c) < 0x20 || c == '<' || c == '>' || c == '&') out += hex_escape("\\u", static_cast<uint8_t>(c), 4);
-    else if (character == "\xE2\x80\xA8" || character == "\xE2\x80\xA9") out += hex_escape("\\u", character[2] == '\xA8' ? 0x2028u : 0x2029u, 4);
-    else out += character;
+
+  static std::string shortest(double number) {  // that reads back the same
+    std::array<char, 40> digits{};
+    for (int precision = 1; precision <= 17; ++precision) {
+      std::snprintf(digits.data(), digits.size(), "%.*g", precision, number);
+      if (std::strtod(digits.data(), nullptr) == number) break;
+    }
+    return digits.data();
   }
-  bool fresh_ = true;
+  static std::string quoted(std::string_view s) {
+    std::string quoted = "\"";
+    while (!s.empty()) {
+      const size_t size = utf8_length(s);
+      quoted += size == 0 ? "\\ufffd" : escaped(s.substr(0, size));
+      s.remove_prefix(std::max<size_t>(size, 1));
+    }
+    return quoted + '"';
+  }
+  static std::string escaped(std::string_view character) {
+    static constexpr std::string_view kPlain = "\"\\\n\r\t", kLetter = "\"\\nrt";
+    const char c = character[0];
+    if (const size_t which = kPlain.find(c); which != kPlain.npos) return {'\\', kLetter[which]};
+    if (static_cast<unsigned char>(c) < 0x20 || c == '<' || c == '>' || c == '&') return hex_escape("\\u", static_cast<uint8_t>(c), 4);
+    if (character == "\xE2\x80\xA8") return "\\u2028";
+    return character == "\xE2\x80\xA9" ? "\\u2029" : std::string(character);
+  }
+
+  bool fresh_ = true;  // no comma before what comes next
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -951,11 +899,10 @@ class JsonWriter {
 class DirectoryLock {
  public:
   explicit DirectoryLock(const std::string& path) : fd_(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
-    if (!fd_) throw std::runtime_error(text("failed to instantiate nsqd - failed to lock data-path: open ", path, ": ", lower(std::strerror(errno)),
-                                            " (--data-path must name a directory that exists)"));
+    auto refuse = [](const std::string& why) { throw std::runtime_error("failed to instantiate nsqd - failed to lock data-path: " + why); };
+    if (!fd_) refuse(text("open ", path, ": ", lower(std::strerror(errno)), " (--data-path must name a directory that exists)"));
     if (::flock(fd_.get(), LOCK_EX | LOCK_NB) != 0)
-      throw std::runtime_error(text("failed to instantiate nsqd - failed to lock data-path: cannot flock directory ", path,
-                                    " - resource temporarily unavailable (possibly in use by another instance of nsqd)"));
+      refuse(text("cannot flock directory ", path, " - resource temporarily unavailable (possibly in use by another instance of nsqd)"));
   }
 
  private:
@@ -999,11 +946,10 @@ inline std::optional<std::string> read_file(const std::string& path) {
   if (!file && errno == ENOENT) return std::nullopt;
   std::string content;
   std::array<char, 65536> buffer;
-  ssize_t got = file ? 1 : -1;
-  while (got > 0) {
-    got = ::read(file.get(), buffer.data(), buffer.size());
+  ssize_t got = file ? 0 : -1;
+  while (file && (got = ::read(file.get(), buffer.data(), buffer.size())) != 0) {
     if (got > 0) content.append(buffer.data(), static_cast<size_t>(got));
-    if (got < 0 && errno == EINTR) got = 1;
+    else if (errno != EINTR) break;
   }
   if (got < 0) throw std::runtime_error(system_error("read", path).error);
   return content;
@@ -1011,68 +957,63 @@ inline std::optional<std::string> read_file(const std::string& path) {
 
 /// What nsqd.dat holds.
 struct Metadata {
-  struct Channel {
+  struct Entry {
     std::string name;
     bool paused = false;
+    std::vector<Entry> channels = {};  // of a topic
   };
-  struct Topic {
-    std::string name;
-    bool paused = false;
-    std::vector<Channel> channels;
-  };
-  std::vector<Topic> topics;
+  using Topic = Entry;
+  using Channel = Entry;
+  std::vector<Topic> topics = {};
 
   /// {"topics":[{"name":"t","paused":false,"channels":[{"name":"c","paused":false}]}],"version":"1.3.0"}, empty lists null.
   std::string json() const {
     JsonWriter json;
-    auto list = [&json](const auto& items, auto&& write) {
-      if (items.empty()) return void(json.raw("null"));
-      json.open('[');
-      for (const auto& item : items) write(item);
-      json.close(']');
-    };
-    json.open('{').key("topics");
-    list(topics, [&](const Topic& topic) {
-      json.open('{').member("name", topic.name).member("paused", topic.paused).key("channels");
-      list(topic.channels, [&](const Channel& channel) {
-        json.open('{').member("name", channel.name).member("paused", channel.paused).close('}');
-      });
-      json.close('}');
-    });
-    json.member("version", kProtocolVersion).close('}');
-    return json.out;
+    json.open('{');
+    write(json, "topics", topics);
+    return json.member("version", kProtocolVersion).close('}').out;
   }
 
   /// Throws, naming file and position, where the text is not what json() writes; unknown members are passed over.
   static Metadata parse(const std::string& content, const std::string& path) {
-    auto refuse = [&path](const std::string& why) {
-      throw std::runtime_error(text("failed to parse metadata in ", path, " - ", why, "; mend the file or move it away"));
-    };
-    JsonParser parser{content};
+    JsonParser parser(content);
     const Json root = parser.parse();
-    if (!parser.error.empty()) refuse(parser.error);
-    if (!root.is(Json::Type::kObject)) refuse("expected an object");
-    auto each = [&refuse](const Json& parent, std::string_view key, auto&& take) {
-      const Json* list = parent.find(key);
-      if (list == nullptr || list->is(Json::Type::kNull)) return;
-      if (!list->is(Json::Type::kArray)) refuse(text(key, " is not a list"));
-      for (const Json& item : list->items) {
-        const Json *name = item.find("name"), *paused = item.find("paused");
-        if (!item.is(Json::Type::kObject)) refuse(text("an item of ", key, " is not an object"));
-        if (name != nullptr && !name->is(Json::Type::kString)) refuse(text("a name in ", key, " is not a string"));
-        if (paused != nullptr && !paused->is(Json::Type::kBool)) refuse(text("a value of paused in ", key, " is neither true nor false"));
-        take(item, name == nullptr ? std::string() : name->string, paused != nullptr && paused->boolean);
-      }
-    };
+    std::string& why = parser.error;
+    if (why.empty() && !root.is(Json::Type::kObject)) why = "expected an object";
     Metadata metadata;
-    each(root, "topics", [&](const Json& item, const std::string& name, bool paused) {
-      Topic topic{name, paused, {}};
-      each(item, "channels", [&](const Json&, const std::string& channel, bool channel_paused) {
-        topic.channels.push_back({channel, channel_paused});
-      });
-      metadata.topics.push_back(std::move(topic));
-    });
+    if (why.empty()) metadata.topics = read(root, "topics", why);
+    if (!why.empty()) throw std::runtime_error(text("failed to parse metadata in ", path, " - ", why, "; mend the file or move it away"));
     return metadata;
+  }
+
+ private:
+  static void write(JsonWriter& json, std::string_view key, const std::vector<Entry>& entries) {
+    json.key(key);
+    if (entries.empty()) return void(json.raw("null"));
+    json.open('[');
+    for (const Entry& entry : entries) {
+      json.open('{').member("name", entry.name).member("paused", entry.paused);
+      if (key == "topics") write(json, "channels", entry.channels);
+      json.close('}');
+    }
+    json.close(']');
+  }
+
+  static std::vector<Entry> read(const Json& parent, std::string_view key, std::string& why) {
+    std::vector<Entry> entries;
+    for (const Json& item : member(parent, key, Json::Type::kArray, why).items) {
+      if (!item.is(Json::Type::kObject)) why = text("an item of ", key, " is not an object");
+      entries.push_back({member(item, "name", Json::Type::kString, why).string, member(item, "paused", Json::Type::kBool, why).boolean});
+      if (key == "topics") entries.back().channels = read(item, "channels", why);
+    }
+    return entries;
+  }
+  static const Json& member(const Json& parent, std::string_view key, Json::Type type, std::string& why) {
+    static const Json kNull;
+    const Json* found = parent.find(key);
+    if (found == nullptr || found->is(Json::Type::kNull)) return kNull;
+    if (!found->is(type)) why = text("the value of ", key, " is of the wrong type");
+    return *found;
   }
 };
 
@@ -6212,9 +6153,9 @@ namespace nsqd::detail {
 using Texts = std::vector<std::string>;
 using Numbers = std::vector<double>;
 
-/// How a flag is stored. The special ones are words that stand for numbers, and flags that are not settings.
-using Target = std::variant<std::monostate, bool Options::*, int64_t Options::*, Duration Options::*, std::string Options::*, Texts Options::*, Numbers Options::*,
-                            Level Options::*>;
+/// The member that a flag sets; none for the flags that are not settings.
+using Target = std::variant<std::monostate, bool Options::*, int64_t Options::*, Duration Options::*, std::string Options::*,
+                            Texts Options::*, Numbers Options::*, Level Options::*>;
 
 struct Flag {
   std::string_view name;
@@ -6222,12 +6163,14 @@ struct Flag {
   Target target;
   std::string_view help;
 
+  template <typename Value>
+  bool sets() const { return std::holds_alternative<Value Options::*>(target); }
+  bool is_bool() const { return sets<bool>() || name == "tls-required" || (key.empty() && name != "config"); }
   std::string key_text() const {
     std::string shown(key == "=" ? name : key);
     std::replace(shown.begin(), shown.end(), '-', '_');
     return shown;
   }
-  bool is_bool() const { return std::holds_alternative<bool Options::*>(target) || name == "tls-required" || (key.empty() && name != "config"); }
 };
 
 inline const std::vector<Flag>& flags() {
@@ -6262,14 +6205,14 @@ inline const std::vector<Flag>& flags() {
       {"output-buffer-timeout", "=", &O::output_buffer_timeout, "the one of clients that ask for none"},
       {"max-channel-consumers", "=", &O::max_channel_consumers, "consumers per channel; 0: no limit"},
       {"node-id", "id", &O::node_id, "0 to 1023, part of every message id (default: a hash of the host's name)"},
-      {"lookupd-tcp-address", "nsqlookupd_tcp_addresses", &O::lookupd_tcp_address, "an nsqlookupd, <host>:<port> (may be given more than once)"},
-      {"auth-http-address", "auth_http_addresses", &O::auth_http_address, "an auth server, <host>:<port> or URL (may be given more than once)"},
+      {"lookupd-tcp-address", "nsqlookupd_tcp_addresses", &O::lookupd_tcp_address, "an nsqlookupd, <host>:<port> (may be repeated)"},
+      {"auth-http-address", "auth_http_addresses", &O::auth_http_address, "an auth server, <host>:<port> or URL (may be repeated)"},
       {"auth-http-request-method", "=", &O::auth_http_request_method, "how it is asked: get or post"},
       {"http-client-connect-timeout", "=", &O::http_client_connect_timeout, "to connect to nsqlookupd's HTTP and auth servers"},
       {"http-client-request-timeout", "=", &O::http_client_request_timeout, "for the whole request"},
       {"topology-region", "=", &O::topology_region, "region of this daemon"},
       {"topology-zone", "=", &O::topology_zone, "zone of this daemon"},
-      {"enable-experiment", "=", &O::enable_experiment, "topology-aware-consumption (may be given more than once)"},
+      {"enable-experiment", "=", &O::enable_experiment, "topology-aware-consumption (may be repeated)"},
       {"log-level", "=", &O::log_level, "debug, info, warn, error or fatal"},
       {"log-prefix", "=", &O::log_prefix, "start of each log line"},
       {"statsd-address", "=", &O::statsd_address, "where statistics are pushed to, <host>:<port>; empty: nowhere"},
@@ -6279,7 +6222,7 @@ inline const std::vector<Flag>& flags() {
       {"statsd-udp-packet-size", "=", &O::statsd_udp_packet_size, "largest packet, in bytes"},
       {"statsd-exclude-ephemeral", "=", &O::statsd_exclude_ephemeral, "leave out ephemeral topics and channels"},
       {"e2e-processing-latency-percentile", "e2e_processing_latency_percentiles", &O::e2e_processing_latency_percentile,
-       "percentiles of the time from publish to finish, each above 0 up to 1, as a comma list (may be given more than once)"},
+       "percentiles of the time from publish to finish, each above 0 up to 1, as a comma list (may be repeated)"},
       {"e2e-processing-latency-window-time", "=", &O::e2e_processing_latency_window_time, "the time that they are taken over"},
       {"deflate", "=", &O::deflate, "shown, and not used: clients are told that there is no compression"},
       {"snappy", "=", &O::snappy, "likewise"},
@@ -6296,172 +6239,166 @@ inline const std::vector<Flag>& flags() {
   return kFlags;
 }
 
-inline std::optional<Level> parse_level(std::string_view word) {
-  static constexpr std::array<std::string_view, 5> kWords = {"debug", "info", "warn", "error", "fatal"};
-  for (size_t i = 0; i < kWords.size(); ++i)
-    if (same_word(word, kWords[i])) return static_cast<Level>(i + 1);
-  return std::nullopt;
+// ---- Words: each parse_word sets a value from a word of the user, or returns why it cannot ----------------------------------
+
+inline constexpr const char* kParseError = "parse error";
+
+inline std::string parse_word(std::string_view word, std::string& value) {
+  value = word;
+  return {};
 }
 
-inline std::optional<bool> parse_bool(std::string_view word) {
-  for (std::string_view yes : {"1", "t", "T", "true", "True", "TRUE"})
-    if (word == yes) return true;
-  for (std::string_view no : {"0", "f", "F", "false", "False", "FALSE"})
-    if (word == no) return false;
-  return std::nullopt;
+inline std::string parse_word(std::string_view word, bool& value) {
+  static constexpr std::array<std::string_view, 12> kWords = {"0", "f", "F", "false", "False", "FALSE",
+                                                              "1", "t", "T", "true",  "True",  "TRUE"};
+  const auto* found = std::find(kWords.begin(), kWords.end(), word);
+  if (found == kWords.end()) return kParseError;
+  value = found - kWords.begin() >= 6;
+  return {};
 }
 
 /// An integer as Go's strconv reads it with base 0: sign, 0x 0o 0b or leading 0, underscores between digits.
-inline std::optional<int64_t> parse_int(std::string_view word, std::string& why) {
-  why = "parse error";
-  const bool negative = !word.empty() && word[0] == '-';
-  if (!word.empty() && (word[0] == '-' || word[0] == '+')) word.remove_prefix(1);
-  uint64_t base = 10;
-  bool after_digit = false;  // so that an underscore may follow
+inline std::string parse_word(std::string_view word, int64_t& value) {
+  std::string digits = take_sign(word) ? "-" : "+";
+  int64_t base = 10;
   if (word.size() > 1 && word[0] == '0') {
     const char kind = lower(word[1]);
     base = kind == 'x' ? 16 : kind == 'b' ? 2 : 8;
     word.remove_prefix(kind == 'x' || kind == 'b' || kind == 'o' ? 2 : 1);
-    after_digit = true;
   }
-  if (word.empty() || word.back() == '_') return std::nullopt;
-  uint64_t number = 0;
-  for (char c : word) {
-    const size_t digit = std::string_view("0123456789abcdef").find(lower(c));
-    if (c == '_' && after_digit) {
-      after_digit = false;
-      continue;
-    }
-    if (digit >= base) return std::nullopt;
-    after_digit = true;
-    if (__builtin_mul_overflow(number, base, &number) || __builtin_add_overflow(number, digit, &number)) return why = "value out of range", std::nullopt;
-  }
-  if (number > static_cast<uint64_t>(std::numeric_limits<int64_t>::max()) + (negative ? 1 : 0)) return why = "value out of range", std::nullopt;
-  return negative ? static_cast<int64_t>(~number + 1) : static_cast<int64_t>(number);
+  if (word.empty() || word.back() == '_' || word.find("__") != word.npos || (base == 10 && word[0] == '_')) return kParseError;
+  std::remove_copy(word.begin(), word.end(), std::back_inserter(digits), '_');
+  if (!std::all_of(digits.begin() + 1, digits.end(), [base](char c) { return hex_digit(c) < base; })) return kParseError;
+  const auto number = decimal(digits, true, base);
+  value = number.value_or(0);
+  return number ? "" : "value out of range";
 }
 
 /// A duration as Go reads it: a sign, then numbers with units; only 0 goes without.
-inline std::optional<int64_t> parse_duration(std::string_view word) {
-  const bool negative = !word.empty() && word[0] == '-';
-  if (!word.empty() && (word[0] == '-' || word[0] == '+')) word.remove_prefix(1);
-  if (word == "0") return 0;
-  if (word.empty()) return std::nullopt;
-  static constexpr std::array<std::pair<std::string_view, int64_t>, 8> kUnits = {
-      {{"ns", 1}, {"us", kMicrosecond}, {"\xC2\xB5s", kMicrosecond}, {"\xCE\xBCs", kMicrosecond}, {"ms", kMillisecond}, {"s", kSecond}, {"m", 60 * kSecond}, {"h", 3600 * kSecond}}};
+inline std::string parse_word(std::string_view word, Duration& value) {
+  static const std::map<std::string_view, int64_t> kUnits = {
+      {"ns", 1}, {"us", kMicrosecond}, {"\xC2\xB5s", kMicrosecond}, {"\xCE\xBCs", kMicrosecond},
+      {"ms", kMillisecond}, {"s", kSecond}, {"m", 60 * kSecond}, {"h", 3600 * kSecond}};
+  const int64_t sign = take_sign(word) ? -1 : 1;
+  if (word == "0") word = "0s";
   int64_t total = 0;
-  while (!word.empty()) {
-    const std::string_view whole = word.substr(0, std::min(word.size(), word.find_first_not_of("0123456789")));
-    word.remove_prefix(whole.size());
-    std::string_view fraction;
-    if (!word.empty() && word[0] == '.') {
-      word.remove_prefix(1);
-      fraction = word.substr(0, std::min(word.size(), word.find_first_not_of("0123456789")));
-      word.remove_prefix(fraction.size());
-    }
-    if (whole.empty() && fraction.empty()) return std::nullopt;
-    const std::string_view name = word.substr(0, std::min(word.size(), word.find_first_of("0123456789.")));
-    word.remove_prefix(name.size());
-    const auto* unit = std::find_if(kUnits.begin(), kUnits.end(), [&](const auto& u) { return u.first == name; });
-    const auto count = whole.empty() ? std::optional<int64_t>(0) : decimal(whole);
-    int64_t part = 0;
-    if (unit == kUnits.end() || !count || __builtin_mul_overflow(*count, unit->second, &part) || __builtin_add_overflow(total, part, &total)) return std::nullopt;
-    double scale = static_cast<double>(unit->second);
-    for (char c : fraction) total += static_cast<int64_t>((c - '0') * (scale /= 10));
-  }
-  return negative ? -total : total;
+  do {
+    const std::string_view whole = take_front(word, word.find_first_not_of(kDigits));
+    const std::string_view fraction = take_front(word, word.substr(0, 1) == "." ? word.find_first_not_of(kDigits, 1) : 0);
+    const auto unit = kUnits.find(take_front(word, word.find_first_of(".0123456789")));
+    const auto count = decimal(text("0", whole));
+    if ((whole.empty() && fraction.size() < 2) || unit == kUnits.end() || !count) return kParseError;
+    double scale = static_cast<double>(unit->second) * 10;  // of the point itself
+    int64_t part = 0, rest = 0;
+    for (char c : fraction) rest += static_cast<int64_t>((c == '.' ? 0 : c - '0') * (scale /= 10));
+    const bool overflow = __builtin_mul_overflow(*count, unit->second, &part) || __builtin_add_overflow(total, part, &total);
+    if (overflow || __builtin_add_overflow(total, rest, &total)) return kParseError;
+  } while (!word.empty());
+  value = Duration(sign * total);
+  return {};
 }
 
-inline std::vector<std::string> split_at_commas(const std::string& list) {
-  std::vector<std::string> parts(1);
-  for (char c : list) {
-    if (c == ',') parts.emplace_back();
-    else parts.back() += c;
+inline std::optional<Level> parse_level(std::string_view word) {
+  static constexpr std::array<std::string_view, 5> kWords = {"debug", "info", "warn", "error", "fatal"};
+  const auto* found = std::find(kWords.begin(), kWords.end(), lower(word));
+  return found == kWords.end() ? std::nullopt : std::optional(static_cast<Level>(found - kWords.begin() + 1));
+}
+inline std::string parse_word(std::string_view word, Level& value) {
+  const auto level = parse_level(word);
+  value = level.value_or(value);
+  return level ? "" : text("invalid log level: ", word, " (debug, info, warn, error, fatal)");
+}
+
+inline Texts split_at_commas(std::string_view list) {
+  Texts parts;
+  for (bool more = true; more; list.remove_prefix(more ? 1 : 0)) {
+    parts.emplace_back(take_front(list, list.find(',')));
+    more = !list.empty();
   }
   return parts;
 }
-
-inline Numbers parse_percentiles(const std::vector<std::string>& words) {
-  Numbers numbers;
-  for (const std::string& word : words) {
-    char* end = nullptr;
-    const double number = std::strtod(word.c_str(), &end);
-    if (word.empty() || *end != '\0') throw std::runtime_error(text("Could not parse: ", word));
-    numbers.push_back(number);
-  }
-  return numbers;
+inline std::string parse_word(std::string_view word, Texts& values) {
+  values.emplace_back(word);
+  return {};
 }
-
-/// Sets an option from a word. Returns why that is not possible.
-inline std::string set_option(Options& options, const Flag& flag, const std::string& word) {
-  std::string why;
-  if (flag.name == "tls-min-version") {
-    static constexpr std::array<std::string_view, 4> kVersions = {"tls1.0", "tls1.1", "tls1.2", "tls1.3"};
-    const auto* found = std::find(kVersions.begin(), kVersions.end(), lower(word));
-    if (found == kVersions.end() && !word.empty()) return "unknown TLS version";
-    options.tls_min_version = 769 + (word.empty() ? 0 : found - kVersions.begin());
-  } else if (flag.name == "tls-required") {
-    const auto yes = parse_bool(word);
-    if (!yes && word != "tcp-https") return "parse error";
-    options.tls_required = !yes ? 1 : *yes ? 2 : 0;
-  } else if (auto* boolean = std::get_if<bool Options::*>(&flag.target)) {
-    const auto yes = parse_bool(word);
-    if (!yes) return "parse error";
-    options.**boolean = *yes;
-  } else if (auto* integer = std::get_if<int64_t Options::*>(&flag.target)) {
-    const auto number = parse_int(word, why);
-    if (!number) return why;
-    options.**integer = *number;
-  } else if (auto* duration = std::get_if<Duration Options::*>(&flag.target)) {
-    const auto time = parse_duration(word);
-    if (!time) return "parse error";
-    options.**duration = Duration(*time);
-  } else if (auto* level = std::get_if<Level Options::*>(&flag.target)) {
-    const auto parsed = parse_level(word);
-    if (!parsed) return text("invalid log level: ", word, " (debug, info, warn, error, fatal)");
-    options.**level = *parsed;
-  } else if (auto* list = std::get_if<Texts Options::*>(&flag.target)) {
-    (options.**list).push_back(word);
-  } else if (auto* numbers = std::get_if<Numbers Options::*>(&flag.target)) {
-    for (double number : parse_percentiles(split_at_commas(word))) (options.**numbers).push_back(number);
-  } else if (auto* string = std::get_if<std::string Options::*>(&flag.target)) {
-    options.**string = word;
+inline std::string parse_word(std::string_view word, Numbers& values) {
+  for (const std::string& part : split_at_commas(word)) {
+    char* end = nullptr;
+    values.push_back(std::strtod(part.c_str(), &end));
+    if (part.empty() || *end != '\0') throw std::runtime_error(text("Could not parse: ", part));
   }
   return {};
 }
 
+inline std::string read_tls_version(std::string_view word, int64_t& value) {
+  static constexpr std::array<std::string_view, 5> kVersions = {"tls1.0", "tls1.1", "tls1.2", "tls1.3", ""};
+  const auto* found = std::find(kVersions.begin(), kVersions.end(), lower(word));
+  if (found == kVersions.end()) return "unknown TLS version";
+  value = 769 + (found - kVersions.begin()) % 4;
+  return {};
+}
+inline std::string read_tls_required(std::string_view word, int64_t& value) {
+  bool required = false;
+  const std::string why = word == "tcp-https" ? "" : parse_word(word, required);
+  if (why.empty()) value = required ? 2 : word == "tcp-https" ? 1 : 0;
+  return why;
+}
+
+inline std::string set_option(Options& options, const Flag& flag, std::string_view word) {
+  if (flag.name == "tls-min-version") return read_tls_version(word, options.tls_min_version);
+  if (flag.name == "tls-required") return read_tls_required(word, options.tls_required);
+  bool unused = false;
+  auto set = [&](auto member) -> std::string {
+    if constexpr (!std::is_same_v<decltype(member), std::monostate>) return parse_word(word, options.*member);
+    else return flag.is_bool() ? parse_word(word, unused) : "";
+  };
+  return std::visit(set, flag.target);
+}
+
+template <typename Value>
+ShownOption shown(const Value& value) {
+  if constexpr (std::is_same_v<Value, std::string>) return {value, false};
+  else if constexpr (std::is_same_v<Value, Duration>) return shown(int64_t{value.count()});
+  else if constexpr (std::is_same_v<Value, Level>) return shown(static_cast<int>(value));
+  else return {JsonWriter().value(value).out};
+}
+
+inline const Flag* find_flag(const std::function<bool(const Flag&)>& wanted) {
+  const auto found = std::find_if(flags().begin(), flags().end(), wanted);
+  return found == flags().end() ? nullptr : &*found;
+}
+inline const Flag* setting(std::string_view key) {
+  return find_flag([key](const Flag& flag) { return !flag.key.empty() && flag.key_text() == key; });
+}
+
 inline std::optional<ShownOption> show_option(const Options& options, std::string_view key) {
-  for (const Flag& flag : flags()) {
-    if (flag.key.empty() || flag.key_text() != key) continue;
-    JsonWriter json;
-    if (auto* boolean = std::get_if<bool Options::*>(&flag.target)) json.value(options.**boolean);
-    else if (auto* integer = std::get_if<int64_t Options::*>(&flag.target)) json.value(options.**integer);
-    else if (auto* duration = std::get_if<Duration Options::*>(&flag.target)) json.value(static_cast<int64_t>((options.**duration).count()));
-    else if (auto* level = std::get_if<Level Options::*>(&flag.target)) json.value(static_cast<int>(options.**level));
-    else if (auto* list = std::get_if<Texts Options::*>(&flag.target)) json.value(options.**list);
-    else if (auto* string = std::get_if<std::string Options::*>(&flag.target)) return ShownOption{options.**string, false};
-    else if (auto* numbers = std::get_if<Numbers Options::*>(&flag.target)) {
-      json.open('[');
-      for (double number : options.**numbers) json.value(number);
-      json.close(']');
-    }
-    return ShownOption{json.out};
-  }
-  return std::nullopt;
+  const Flag* flag = setting(key);
+  if (flag == nullptr) return std::nullopt;
+  auto show = [&options](auto member) {
+    if constexpr (std::is_same_v<decltype(member), std::monostate>) return ShownOption();
+    else return shown(options.*member);
+  };
+  return std::visit(show, flag->target);
 }
 
 // ---- The command line --------------------------------------------------------------------------------------------------
 
-inline std::string usage() {
-  std::string out = text("nsqd ", kVersion, " - an NSQ message queue daemon that speaks the protocols of nsqd ", kProtocolVersion, "\n\nUsage: nsqd [--flag=value ...]\n\n",
-                         "A flag may have one dash or two, and its value may follow as the next word, but for those that are true or false.\n"
-                         "Durations are numbers with units (1h30m, 250ms). A config file has the same settings, with _ for -.\n\nFlags:\n");
+inline std::string default_text(const Flag& flag) {
   const Options defaults;
+  if (const auto* duration = std::get_if<Duration Options::*>(&flag.target)) return duration_text((defaults.**duration).count());
+  if (flag.sets<Level>()) return "info";
+  if (flag.name == "tls-min-version") return "tls1.0";
+  return flag.key.empty() ? "" : show_option(defaults, flag.key_text())->value;
+}
+
+inline std::string usage() {
+  std::string out = text("nsqd ", kVersion, " - an NSQ message queue daemon that speaks the protocols of nsqd ", kProtocolVersion,
+                         "\n\nUsage: nsqd [--flag=value ...]\n\n"
+                         "A flag may have one dash or two, and its value may follow as the next word, "
+                         "but for those that are true or false.\n"
+                         "Durations are numbers with units (1h30m, 250ms). A config file has the same settings, with _ for -.\n\nFlags:\n");
   for (const Flag& flag : flags()) {
-    const auto shown = flag.key.empty() ? std::nullopt : show_option(defaults, flag.key_text());
-    std::string value = shown ? shown->value : "";
-    if (const auto* duration = std::get_if<Duration Options::*>(&flag.target)) value = duration_text((defaults.**duration).count());
-    if (std::holds_alternative<Level Options::*>(flag.target)) value = "info";
-    if (flag.name == "tls-min-version") value = "tls1.0";
+    const std::string value = default_text(flag);
     const bool says_so = value.empty() || value == "[]" || flag.help.find("default:") != flag.help.npos;
     out += text("  --", flag.name, "\n        ", flag.help, says_so ? "" : text(" (default ", value, ")"), "\n");
   }
@@ -6474,312 +6411,236 @@ inline size_t distance(std::string_view a, std::string_view b) {
   for (size_t j = 0; j <= b.size(); ++j) row[j] = j;
   for (size_t i = 0; i < a.size(); ++i) {
     size_t diagonal = std::exchange(row[0], i + 1);
-    for (size_t j = 0; j < b.size(); ++j) diagonal = std::exchange(row[j + 1], std::min({row[j + 1] + 1, row[j] + 1, diagonal + (a[i] != b[j])}));
+    for (size_t j = 0; j < b.size(); ++j) {
+      const size_t best = std::min({row[j + 1] + 1, row[j] + 1, diagonal + (a[i] != b[j])});
+      diagonal = std::exchange(row[j + 1], best);
+    }
   }
   return row[b.size()];
 }
 
-inline const Flag* find_flag(std::string_view name) {
-  const auto found = std::find_if(flags().begin(), flags().end(), [&](const Flag& flag) { return flag.name == name; });
-  return found == flags().end() ? nullptr : &*found;
+[[noreturn]] inline void refuse_flag(const std::string& why, std::string_view hint = "nsqd --help lists all flags") {
+  throw EarlyExit(2, text(why, "\n", hint));
 }
-
-[[noreturn]] inline void refuse_flag(const std::string& why) { throw EarlyExit(2, text(why, "\nnsqd --help lists all flags")); }
 
 [[noreturn]] inline void refuse_unknown_flag(const std::string& name) {
-  const auto nearest = std::min_element(flags().begin(), flags().end(), [&](const Flag& a, const Flag& b) { return distance(a.name, name) < distance(b.name, name); });
-  const bool near = distance(nearest->name, name) <= 1 + name.size() / 4;
-  throw EarlyExit(2, text("flag provided but not defined: -", name, near ? text("\ndid you mean --", nearest->name, "?") : "\nnsqd --help lists all flags"));
+  auto nearer = [&](const Flag& a, const Flag& b) { return distance(a.name, name) < distance(b.name, name); };
+  const auto nearest = std::min_element(flags().begin(), flags().end(), nearer);
+  const std::string why = "flag provided but not defined: -" + name;
+  if (distance(nearest->name, name) <= 1 + name.size() / 4) refuse_flag(why, text("did you mean --", nearest->name, "?"));
+  refuse_flag(why);
 }
 
-using GivenFlags = std::vector<std::pair<const Flag*, std::string>>;
+/// What the flags say, read as Go's flag package does: up to the first word that is none.
+struct CommandLine {
+  Options options;
+  std::set<const Flag*> given;
+  std::string config;
+  bool version = false;
 
-/// Reads the flags as Go's flag package does: up to the first word that is none.
-inline GivenFlags parse_flags(int argc, const char* const* argv) {
-  GivenFlags given;
-  for (int i = 1; i < argc; ++i) {
-    const std::string word = argv[i];
-    if (word.size() < 2 || word[0] != '-' || word == "--") break;
-    const std::string body = word.substr(word[1] == '-' ? 2 : 1);
-    if (body.empty() || body[0] == '-' || body[0] == '=') refuse_flag(text("bad flag syntax: ", word));
-    const size_t equals = body.find('=');
-    const std::string name = body.substr(0, equals);
-    if (name == "help" || name == "h") throw EarlyExit(0, usage(), true);
-    const Flag* flag = find_flag(name);
-    if (flag == nullptr) refuse_unknown_flag(name);
-    std::string value = equals == body.npos ? "true" : body.substr(equals + 1);
-    if (equals == body.npos && !flag->is_bool()) {
-      if (++i >= argc) refuse_flag(text("flag needs an argument: -", name));
-      value = argv[i];
+  CommandLine(int argc, const char* const* argv) {
+    for (int i = 1; i < argc; ++i) {
+      const std::string word = argv[i];
+      if (word.size() < 2 || word[0] != '-' || word == "--") break;
+      const std::string body = word.substr(word[1] == '-' ? 2 : 1), name = body.substr(0, body.find('='));
+      if (name.empty() || name[0] == '-') refuse_flag(text("bad flag syntax: ", word));
+      if (name == "help" || name == "h") throw EarlyExit(0, usage(), true);
+      const Flag* flag = find_flag([&name](const Flag& known) { return known.name == name; });
+      if (flag == nullptr) refuse_unknown_flag(name);
+      const bool next_word = name == body && !flag->is_bool();
+      if (next_word && ++i >= argc) refuse_flag(text("flag needs an argument: -", name));
+      set(*flag, next_word ? argv[i] : name == body ? "true" : body.substr(name.size() + 1));
     }
-    given.emplace_back(flag, value);
-  }
-  return given;
-}
-
-inline void apply_flags(Options& options, const GivenFlags& given) {
-  std::set<const Flag*> seen;
-  for (const auto& [flag, word] : given) {
-    if (seen.insert(flag).second) {  // the lists of the file are not added to
-      if (auto* list = std::get_if<Texts Options::*>(&flag->target)) (options.**list).clear();
-      if (auto* numbers = std::get_if<Numbers Options::*>(&flag->target)) (options.**numbers).clear();
-    }
-    if (flag->key.empty() && flag->is_bool() && !parse_bool(word)) refuse_flag(text("invalid boolean value \"", word, "\" for -", flag->name, ": parse error"));
-    const std::string why = set_option(options, *flag, word);
-    if (why.empty()) continue;
-    if (flag->is_bool()) refuse_flag(text("invalid boolean value \"", word, "\" for -", flag->name, ": ", why));
-    refuse_flag(text("invalid value \"", word, "\" for flag -", flag->name, ": ", why));
-  }
-  if (seen.count(find_flag("e2e-processing-latency-percentile")) > 0)
     std::sort(options.e2e_processing_latency_percentile.begin(), options.e2e_processing_latency_percentile.end(), std::greater<>());
-}
-
-// ---- The config file ---------------------------------------------------------------------------------------------------
-
-/// A value of the config file.
-struct TomlValue {
-  enum class Type { kString, kInteger, kFloat, kBool, kArray, kOther };
-  Type type = Type::kOther;
-  std::string text;  // of a string; else as written
-  std::vector<TomlValue> items;
-  size_t line = 0;
-};
-
-/// The top-level keys of a TOML file; tables are read over, dates are taken for text. Throws, naming the line.
-class TomlParser {
- public:
-  explicit TomlParser(std::string_view input) : input_(input) {}
-
-  std::map<std::string, TomlValue> parse() {
-    std::map<std::string, TomlValue> values;
-    std::set<std::string> seen;
-    std::string table;
-    for (skip_blank(true); at_ < input_.size(); skip_blank(true)) {
-      if (input_[at_] == '[') {
-        table = parse_header();
-      } else {
-        const std::string key = parse_key();
-        if (!take('=')) fail(detail::text("expected '=' after ", key));
-        TomlValue value = parse_value(0);
-        if (!seen.insert(table + key).second) fail(detail::text("key ", key, " is given twice"));
-        if (table.empty()) values.emplace(key, std::move(value));
-      }
-      end_of_line();
-    }
-    return values;
   }
 
  private:
-  [[noreturn]] void fail(const std::string& why) const {
-    throw std::runtime_error(detail::text("line ", 1 + std::count(input_.begin(), input_.begin() + static_cast<std::ptrdiff_t>(std::min(at_, input_.size())), '\n'), ": ", why));
+  void set(const Flag& flag, const std::string& word) {
+    given.insert(&flag);
+    const std::string why = set_option(options, flag, word);
+    if (!why.empty() && flag.is_bool()) refuse_flag(text("invalid boolean value \"", word, "\" for -", flag.name, ": ", why));
+    if (!why.empty()) refuse_flag(text("invalid value \"", word, "\" for flag -", flag.name, ": ", why));
+    if (flag.name == "config") config = word;
+    if (flag.name == "version") parse_word(word, version);
   }
-  void skip_blank(bool over_lines) {
-    while (at_ < input_.size()) {
-      const char c = input_[at_];
-      if (c == '#') at_ = std::min(input_.find('\n', at_), input_.size());
-      else if (c == ' ' || c == '\t' || (over_lines && (c == '\n' || c == '\r'))) ++at_;
-      else return;
+};
+
+// ---- The config file ---------------------------------------------------------------------------------------------------
+
+/// Reads the TOML of a config file: JSON's values with comments, bare names and words, and strings in single quotes. Tables
+/// are read over, and dates are taken for null.
+class ConfigParser final : private JsonParser {
+ public:
+  /// What to do with a top-level setting; it returns what is wrong with it.
+  using Take = std::function<std::string(const std::string& key, const Json& value)>;
+  ConfigParser(std::string_view content, Take take_setting) : JsonParser(content), take_setting_(std::move(take_setting)) {}
+
+  /// Returns what is wrong with the file, and where.
+  std::string parse_file() {
+    std::string table;
+    for (skip(" \t\r\n"); at_ < input_.size(); skip(" \t\r\n")) {
+      if (next() == '[') table = parse_header();
+      else if (next() != '#') parse_setting(table);
+      skip_space();
+      skip("\r");
+      if (at_ < input_.size() && next() != '\n') fail("expected the end of the line");
     }
+    return error;
   }
-  bool take(char c, bool over_lines = false) {
-    skip_blank(over_lines);
-    if (at_ >= input_.size() || input_[at_] != c) return false;
-    ++at_;
-    return true;
+
+ private:
+  void parse_setting(const std::string& table) {
+    const std::string key = parse_name();
+    const Json value = parse_value();
+    if (!error.empty()) error = key + ": " + error;
+    if (!seen_.insert(table + key).second) fail(text("key ", key, " is given twice"));
+    const std::string why = table.empty() && error.empty() ? take_setting_(key, value) : "";
+    if (!why.empty()) fail(why);
   }
-  void end_of_line() {
-    skip_blank(false);
-    if (at_ < input_.size() && input_[at_] == '\r') ++at_;
-    if (at_ < input_.size() && input_[at_] != '\n') fail("expected the end of the line");
-  }
+  /// [table] or [[table]]; the latter may come more than once.
   std::string parse_header() {
-    ++at_;
-    const bool array = take('[');
+    const bool list = input_.substr(at_, 2) == "[[";
+    at_ += list ? 2 : 1;
     const std::string name = parse_key();
-    if (!take(']') || (array && !take(']'))) fail("expected ']'");
-    return array ? detail::text(name, "[", at_, "].") : name + ".";
+    if (!take(']') || (list && !take(']'))) fail("expected ']'");
+    return list ? text(name, "[", at_, "].") : name + ".";
   }
   std::string parse_key() {
     std::string key;
     do {
-      skip_blank(false);
-      if (!key.empty()) key += '.';
-      if (at_ < input_.size() && (input_[at_] == '"' || input_[at_] == '\'')) {
-        key += parse_string();
-        continue;
-      }
-      const size_t begin = at_;
-      while (at_ < input_.size() && (std::isalnum(static_cast<unsigned char>(input_[at_])) != 0 || input_[at_] == '_' || input_[at_] == '-')) ++at_;
-      if (at_ == begin) fail("expected a key");
-      key += input_.substr(begin, at_ - begin);
+      skip_space();
+      const bool in_quotes = next() == '"' || next() == '\'';
+      const std::string part = in_quotes ? parse_string(true) : std::string(take_bare_key());
+      if (!in_quotes && part.empty()) fail("expected a key");
+      key += key.empty() ? part : "." + part;
     } while (take('.'));
     return key;
   }
-  TomlValue parse_value(int depth) {
-    skip_blank(false);
-    TomlValue value;
-    value.line = 1 + static_cast<size_t>(std::count(input_.begin(), input_.begin() + static_cast<std::ptrdiff_t>(at_), '\n'));
-    if (depth > 16) fail("nested too deeply");
-    if (at_ >= input_.size()) fail("expected a value");
-    if (input_[at_] == '"' || input_[at_] == '\'') {
-      value.text = parse_string();
-      value.type = TomlValue::Type::kString;
-    } else if (take('[')) {
-      value.type = TomlValue::Type::kArray;
-      while (!take(']', true)) {
-        value.items.push_back(parse_value(depth + 1));
-        if (take(',', true)) skip_blank(true);
-        else if (!take(']', true)) fail("expected ',' or ']'");
-        else break;
-      }
-    } else if (take('{')) {
-      while (!take('}')) {
-        parse_key();
-        if (!take('=')) fail("expected '='");
-        parse_value(depth + 1);
-        if (!take(',') && (at_ >= input_.size() || input_[at_] != '}')) fail("expected ',' or '}'");
-      }
-    } else {
-      parse_bare(value);
-    }
-    return value;
-  }
-  void parse_bare(TomlValue& value) {
+  std::string_view take_bare_key() {
     const size_t begin = at_;
-    while (at_ < input_.size() && std::string_view(" \t\r\n,]}#").find(input_[at_]) == std::string_view::npos) ++at_;
-    value.text = input_.substr(begin, at_ - begin);
-    std::string why;
-    std::string plain = value.text;
+    skip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-");
+    return input_.substr(begin, at_ - begin);
+  }
+
+  void skip_space() override {
+    const std::string_view space = depth_ > 0 ? " \t\r\n" : " \t";
+    for (skip(space); next() == '#'; skip(space)) at_ = std::min(input_.find('\n', at_), input_.size());
+  }
+  std::string parse_name() override {
+    const std::string key = parse_key();
+    if (!take('=')) fail("expected '=' after " + key);
+    return key;
+  }
+  bool take_comma(char close) override { return JsonParser::take_comma(close) && !take(close); }
+  bool parse_scalar(Json& value) override {
+    if (next() == '"' || next() == '\'') {
+      value.type = Json::Type::kString;
+      value.string = parse_string(true);
+      return true;
+    }
+    const std::string_view word = bare_word();
+    const bool digit_first = kDigits.find(word.substr(0, 1)) < 10;
+    value.string = number_text(word);
+    value.boolean = word == "true";
+    if (value.boolean || word == "false") value.type = Json::Type::kBool;
+    else if (!value.string.empty()) value.type = Json::Type::kNumber;
+    else if (word.empty() || !digit_first) return false;
+    at_ += word.size();
+    return true;
+  }
+  /// A number in decimal, an integer without a point; nothing for a word that is no number.
+  static std::string number_text(std::string_view word) {
+    const bool leading_zero = word.size() > 1 && word[0] == '0' && kDigits.find(word[1]) != kDigits.npos;
+    if (leading_zero || word.substr(0, 1) == "_" || ends_with(word, "_")) return "";
+    int64_t integer = 0;
+    if (parse_word(word, integer).empty()) return std::to_string(integer);
+    std::string plain(word);
     plain.erase(std::remove(plain.begin(), plain.end(), '_'), plain.end());
     char* end = nullptr;
     std::strtod(plain.c_str(), &end);
-    if (value.text == "true" || value.text == "false") value.type = TomlValue::Type::kBool;
-    else if (parse_int(value.text, why) && !(plain.size() > 1 && plain[0] == '0' && plain[1] >= '0' && plain[1] <= '9')) value.type = TomlValue::Type::kInteger;
-    else if (!plain.empty() && *end == '\0' && plain.find_first_of("xX") == plain.npos) value.type = TomlValue::Type::kFloat;
-    else if (value.text.empty() || value.text[0] < '0' || value.text[0] > '9') fail(detail::text("not a value: ", value.text.empty() ? "nothing" : value.text, " (texts stand in quotes)"));
+    return *end == '\0' && plain.find_first_of("xX") == plain.npos ? plain : "";
   }
-  std::string parse_string() {
-    const char quote = input_[at_];
-    const std::string triple(3, quote);
-    const bool lines = input_.substr(at_, 3) == triple;
-    at_ += lines ? 3 : 1;
-    if (lines && at_ < input_.size() && input_[at_] == '\n') ++at_;
-    std::string out;
-    for (;;) {
-      if (at_ >= input_.size() || (!lines && input_[at_] == '\n')) fail("a text is not closed");
-      if (lines ? input_.substr(at_, 3) == triple : input_[at_] == quote) break;
-      if (input_[at_] == '\\' && quote == '"') parse_escape(out);
-      else out += input_[at_++];
-    }
-    at_ += lines ? 3 : 1;
-    return out;
-  }
-  void parse_escape(std::string& out) {
-    static constexpr std::string_view kFrom = "btnfr\"\\", kTo = "\b\t\n\f\r\"\\";
-    const char c = at_ + 1 < input_.size() ? input_[at_ + 1] : ' ';
-    at_ += 2;
-    if (const size_t which = kFrom.find(c); which != kFrom.npos) {
-      out += kTo[which];
-    } else if (c == 'u' || c == 'U') {
-      const std::string digits(input_.substr(std::min(at_, input_.size()), c == 'u' ? 4 : 8));
-      char* end = nullptr;
-      const unsigned long code = std::strtoul(digits.c_str(), &end, 16);
-      if (digits.size() != (c == 'u' ? 4 : 8) || *end != '\0' || code > 0x10FFFF) fail("a bad \\u escape in a text");
-      JsonParser::append_utf8(out, static_cast<uint32_t>(code));
-      at_ += digits.size();
-    } else {
-      fail(detail::text("an unknown escape \\", std::string(1, c), " in a text"));
-    }
-  }
-  std::string_view input_;
-  size_t at_ = 0;
+
+  Take take_setting_;
+  std::set<std::string> seen_;
 };
 
-/// Turns a value of the file into an option, with nsqd's rules: an integer is a duration in milliseconds, and, as a truth
-/// value, the opposite of what one would think.
-inline std::string apply_value(Options& options, const Flag& flag, const TomlValue& value) {
-  using Type = TomlValue::Type;
-  const bool is_text = value.type == Type::kString, is_integer = value.type == Type::kInteger;
-  const std::string wrong = "is of the wrong type";
-  std::string why;
-  if (auto* list = std::get_if<Texts Options::*>(&flag.target)) {
-    (options.**list).clear();
-    if (is_text) options.**list = value.text.empty() ? Texts() : split_at_commas(value.text);
-    else if (value.type != Type::kArray) return wrong;
-    for (const TomlValue& item : value.items) {
-      if (item.type != Type::kString) return wrong;
-      (options.**list).push_back(item.text);
+/// The words that a flag would be given for a value of the file, by nsqd's rules: an integer is a duration in milliseconds,
+/// and, as a truth value, the opposite of what one would think. Nothing for a value of the wrong type.
+inline std::optional<Texts> words_for(const Flag& flag, const Json& value) {
+  const bool is_text = value.is(Json::Type::kString), texts = flag.sets<Texts>(), numbers = flag.sets<Numbers>();
+  const auto integer = value.integer();
+  if (texts && is_text) return value.string.empty() ? Texts() : split_at_commas(value.string);
+  if ((texts || numbers) && value.is(Json::Type::kArray)) {
+    Texts words;
+    for (const Json& item : value.items) {
+      if (!item.is(texts ? Json::Type::kString : Json::Type::kNumber) || item.integer()) return std::nullopt;
+      words.push_back(item.string);
     }
-    return {};
+    return words;
   }
-  if (auto* numbers = std::get_if<Numbers Options::*>(&flag.target)) {
-    std::vector<std::string> words = is_text ? split_at_commas(value.text) : std::vector<std::string>();
-    if (!is_text && value.type != Type::kArray) return wrong;
-    for (const TomlValue& item : value.items) {
-      if (item.type != Type::kFloat) return "needs numbers with a point, like 1.0";
-      words.push_back(item.text);
-    }
-    options.**numbers = parse_percentiles(words);
-    return {};
-  }
-  if (std::holds_alternative<Duration Options::*>(flag.target)) {
-    if (!is_text && !is_integer) return wrong;
-    return set_option(options, flag, is_integer ? value.text + "ms" : value.text);
-  }
-  if (flag.is_bool()) {
-    if (is_integer) return set_option(options, flag, parse_int(value.text, why) == 0 ? "true" : "false");
-    return is_text || value.type == Type::kBool ? set_option(options, flag, value.text) : wrong;
-  }
-  if (std::holds_alternative<int64_t Options::*>(flag.target) && flag.name != "tls-min-version") {
-    if (is_text && !decimal(value.text, true)) return "is no number";
-    return is_text || is_integer ? set_option(options, flag, value.text) : wrong;
-  }
-  return is_text ? set_option(options, flag, value.text) : wrong;
+  if (flag.is_bool() && integer) return Texts{*integer == 0 ? "true" : "false"};
+  if (flag.is_bool() && value.is(Json::Type::kBool)) return Texts{value.boolean ? "true" : "false"};
+  if (flag.sets<Duration>() && integer) return Texts{text(*integer, "ms")};
+  const bool is_integer = flag.sets<int64_t>() && !flag.is_bool() && flag.name != "tls-min-version";
+  if (is_integer && integer) return Texts{value.string};
+  return is_text && !(is_integer && !decimal(value.string, true)) ? std::optional(Texts{value.string}) : std::nullopt;
 }
 
-inline void apply_file(Options& options, const std::string& path) {
-  auto refuse = [&path](const std::string& why) { throw std::runtime_error(text("failed to load config file ", path, " - ", why)); };
+/// Sets what the file says, but for what the flags say: of that, only the type is looked at.
+inline void apply_file(CommandLine& line) {
+  Options unused;
+  auto take = [&](const std::string& key, const Json& value) -> std::string {
+    const Flag* flag = setting(key);
+    if (flag == nullptr) return {};
+    const auto words = words_for(*flag, value);
+    if (!words) return text("the value of ", key, flag->sets<Numbers>() ? " needs numbers like 1.0" : " is of the wrong type");
+    std::string why;
+    for (const std::string& word : *words)
+      if (why.empty()) why = set_option(line.given.count(flag) > 0 ? unused : line.options, *flag, word);
+    return why.empty() ? "" : text(key, " = ", value.string, ": ", why);
+  };
   try {
-    const auto content = read_file(path);
-    if (!content) refuse("no such file");
-    for (const auto& [key, value] : TomlParser(*content).parse()) {
-      for (const Flag& flag : flags()) {
-        if (flag.key.empty() || flag.key_text() != key) continue;
-        const std::string why = apply_value(options, flag, value);
-        if (!why.empty()) refuse(text("line ", value.line, ": ", key, " = ", value.text, " ", why));
-      }
-    }
+    const auto content = read_file(line.config);
+    const std::string why = content ? ConfigParser(*content, take).parse_file() : "no such file";
+    if (!why.empty()) throw std::runtime_error(why);
   } catch (const std::runtime_error& error) {
-    if (std::string_view(error.what()).substr(0, 14) == "failed to load") throw;
-    refuse(error.what());
+    throw std::runtime_error(text("failed to load config file ", line.config, " - ", error.what()));
   }
 }
 
+/// Fills in what depends on the host, and throws where a daemon cannot start with these options.
 inline void complete_options(Options& options) {
   auto need = [](bool good, const std::string& otherwise) {
     if (!good) throw std::runtime_error("failed to instantiate nsqd - " + otherwise);
   };
-  if (options.node_id == Options::kFromHostName) options.node_id = crc32(md5(host_name())) % 1024;
-  if (options.broadcast_address.empty()) options.broadcast_address = host_name();
-  need(options.tls_cert.empty() && options.tls_key.empty() && options.tls_root_ca_file.empty() && options.tls_client_auth_policy.empty() && options.tls_required == 0,
-       "there is no TLS in this daemon, so it does not start with --tls-cert, --tls-key, --tls-root-ca-file, --tls-client-auth-policy or --tls-required; "
-       "leave them out, or put a proxy that ends TLS before it");
+  auto positive = [&need](Duration time, const std::string& flag) { need(time > Duration::zero(), flag + " must be above 0"); };
+  auto not_negative = [&need](Duration time, const std::string& flag) { need(time >= Duration::zero(), flag + " must not be negative"); };
+  const std::string host = host_name();
+  if (options.node_id == Options::kFromHostName) options.node_id = checksum(0, host.data(), host.size()) % 1024;
+  if (options.broadcast_address.empty()) options.broadcast_address = host;
+  const std::string tls = text(options.tls_cert, options.tls_key, options.tls_root_ca_file, options.tls_client_auth_policy);
+  need(tls.empty() && options.tls_required == 0,
+       "there is no TLS in this daemon, so it does not start with --tls-cert, --tls-key, --tls-root-ca-file, "
+       "--tls-client-auth-policy or --tls-required; leave them out, or put a proxy that ends TLS before it");
   need(options.max_deflate_level >= 1 && options.max_deflate_level <= 9, "--max-deflate-level must be [1,9]");
   need(options.node_id >= 0 && options.node_id < 1024, "--node-id must be [0,1024)");
-  need(options.auth_http_request_method == "get" || options.auth_http_request_method == "post", "--auth-http-request-method must be post or get");
+  const bool known_method = options.auth_http_request_method == "get" || options.auth_http_request_method == "post";
+  need(known_method, "--auth-http-request-method must be post or get");
   for (double percentile : options.e2e_processing_latency_percentile)
-    need(percentile > 0 && percentile <= 1, text("invalid E2E processing latency percentile: ", percentile, " (must be above 0 and at most 1)"));
+    need(percentile > 0 && percentile <= 1, text("invalid E2E processing latency percentile: ", percentile, " (must be in (0,1])"));
   need(options.mem_queue_size >= 0, "--mem-queue-size must not be negative");
-  need(options.sync_timeout >= Duration::zero(), "--sync-timeout must not be negative");
-  need(options.output_buffer_timeout > Duration::zero(), "--output-buffer-timeout must be above 0");
+  not_negative(options.sync_timeout, "--sync-timeout");
+  not_negative(options.max_req_timeout, "--max-req-timeout");
+  positive(options.output_buffer_timeout, "--output-buffer-timeout");
+  positive(options.e2e_processing_latency_window_time, "--e2e-processing-latency-window-time");
+  positive(std::min(options.msg_timeout, options.max_msg_timeout), "--msg-timeout and --max-msg-timeout");
   need(options.statsd_interval > std::chrono::seconds(1), "--statsd-interval must be above 1s");
-  need(options.e2e_processing_latency_window_time > Duration::zero(), "--e2e-processing-latency-window-time must be above 0");
   need(options.queue_scan_selection_count > 0, "--queue-scan-selection-count must be above 0");
   need(options.max_bytes_per_file > 0, "--max-bytes-per-file must be above 0");
-  need(options.max_msg_size > 0 && options.max_msg_size <= static_cast<int64_t>(kLargestSegment / 2), text("--max-msg-size must be [1,", kLargestSegment / 2, "]"));
+  constexpr auto kMost = static_cast<int64_t>(kLargestSegment / 2);
+  need(options.max_msg_size > 0 && options.max_msg_size <= kMost, text("--max-msg-size must be [1,", kMost, "]"));
   need(options.max_body_size > 0 && options.max_body_size <= std::numeric_limits<int32_t>::max(), "--max-body-size must be [1,2147483647]");
-  need(options.msg_timeout > Duration::zero() && options.max_msg_timeout > Duration::zero(), "--msg-timeout and --max-msg-timeout must be above 0");
-  need(options.max_req_timeout >= Duration::zero(), "--max-req-timeout must not be negative");
 }
 
 }  // namespace nsqd::detail
@@ -6787,19 +6648,10 @@ inline void complete_options(Options& options) {
 namespace nsqd {
 
 inline Options options_from(int argc, const char* const* argv) {
-  using namespace detail;
-  const GivenFlags given = parse_flags(argc, argv);
-  std::string config;
-  for (const auto& [flag, word] : given) {
-    if (flag->name == "version" && parse_bool(word).value_or(false)) throw EarlyExit(0, build_text(), true);
-    if (flag->name == "config") config = word;
-  }
-  Options options;
-  Options checked;
-  apply_flags(checked, given);  // a wrong flag is said before a wrong file
-  if (!config.empty()) apply_file(options, config);
-  apply_flags(options, given);
-  return options;
+  detail::CommandLine line(argc, argv);
+  if (line.version) throw EarlyExit(0, detail::build_text(), true);
+  if (!line.config.empty()) detail::apply_file(line);
+  return line.options;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
