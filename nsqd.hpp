@@ -15,6 +15,7 @@
 #include <regex.h>
 #include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
@@ -38,10 +39,12 @@
 #include <functional>
 #include <future>
 #include <initializer_list>
+#include <iterator>
 #include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <optional>
 #include <set>
 #include <stdexcept>
@@ -1737,6 +1740,12 @@ class InFlight {
   size_t size() const { return used_; }
   Held& operator[](uint32_t which) { return pool_[which]; }
 
+  /// Makes room for more, so that insert cannot fail.
+  void reserve(size_t more) {
+    while ((used_ + more) * 2 > table_.size()) grow();
+    if (pool_.capacity() < used_ + more) pool_.reserve(std::max(pool_.capacity() * 2, used_ + more));
+  }
+
   uint32_t find(const MessageId& id) const {
     if (table_.empty()) return kNone;
     for (size_t at = id.hash() & mask();; at = (at + 1) & mask())
@@ -1744,7 +1753,6 @@ class InFlight {
   }
 
   uint32_t insert(const MessageId& id) {
-    if ((used_ + 1) * 2 > table_.size()) grow();
     if (free_ == kNone) {
       free_ = static_cast<uint32_t>(pool_.size());
       pool_.emplace_back().later = kNone;
@@ -1778,7 +1786,8 @@ class InFlight {
     table_[at] = which;
   }
   void grow() {
-    const auto old = std::exchange(table_, std::vector<uint32_t>(std::max<size_t>(16, table_.size() * 2), kNone));
+    std::vector<uint32_t> larger(std::max<size_t>(16, table_.size() * 2), kNone);
+    const auto old = std::exchange(table_, std::move(larger));
     for (uint32_t which : old)
       if (which != kNone) place(which);
   }
@@ -2382,6 +2391,7 @@ class Channel {
     const char* frame = place.states->segment->frame(place.index);
     std::string copy(frame, Segment::frame_size(frame));
     put_be(&copy[16], static_cast<uint16_t>(place.states->get(place.index) + 1));
+    in_flight_.reserve(1);
     hold(consumer, place, frame);
     consumer.port->out.append(copy);
     consumer.port->attend();
@@ -2396,6 +2406,7 @@ class Channel {
     uint64_t last = std::min({topic.distributed(), segment.end(), cursor_ + most, cursor_ + static_cast<uint64_t>(consumer.rdy - consumer.in_flight)});
     if (!requeued_.empty()) last = std::min(last, requeued_.front().behind);
     const auto end = static_cast<uint32_t>(last - segment.first);
+    in_flight_.reserve(end - begin);
     const char* run = segment.frame(begin);
     const char* run_end = run;
     uint32_t i = begin;
@@ -3223,6 +3234,7 @@ struct Host {
   std::function<bool(std::string_view topic, Session& session)> look_up;  // true: parked until the new topic's channels are known
   std::function<void(const std::function<void(const V2Session&)>&)> each_client;
   std::function<void(std::vector<std::string>)> set_lookupds;
+  std::function<size_t()> connections;
 };
 
 /// A client. Each command is a member function of its name, its steps return whether to go on: false after an error or, with
@@ -4054,6 +4066,351 @@ class StatsdFeed {
   std::map<std::string, uint64_t> last_, counted_;
 };
 
+/// The metrics of GET /metrics, in the text format of Prometheus.
+class MetricsText {
+ public:
+  static std::string of(const Stats& stats, size_t connections) {
+    MetricsText text;
+    text.one("nsqd_info", "gauge", "the daemon that answers", 1, detail::text("{version=\"", kVersion, "\",protocol_version=\"", kProtocolVersion, "\"}"));
+    text.one("nsqd_healthy", "gauge", "1, or 0 when the disk fails", stats.health == "OK" ? 1 : 0);
+    text.one("nsqd_connections", "gauge", "open connections of all kinds", static_cast<double>(connections));
+    text.per(stats, "nsqd_topic_messages_total", "messages published to the topic", [](const TopicStats& t) { return t.message_count; });
+    text.per(stats, "nsqd_topic_message_bytes_total", "bytes of their bodies", [](const TopicStats& t) { return t.message_bytes; });
+    text.per(stats, "nsqd_topic_depth", "messages not handed to a channel yet", [](const TopicStats& t) { return t.depth; });
+    text.per(stats, "nsqd_topic_paused", "1 when the topic is paused", [](const TopicStats& t) { return t.paused; });
+    text.per(stats, "nsqd_channel_messages_total", "messages that the channel was given", [](const ChannelStats& c) { return c.message_count; });
+    text.per(stats, "nsqd_channel_requeued_total", "messages that consumers gave back", [](const ChannelStats& c) { return c.requeue_count; });
+    text.per(stats, "nsqd_channel_timed_out_total", "messages whose time ran out", [](const ChannelStats& c) { return c.timeout_count; });
+    text.per(stats, "nsqd_channel_depth", "messages that wait", [](const ChannelStats& c) { return c.depth; });
+    text.per(stats, "nsqd_channel_in_flight", "messages with a consumer", [](const ChannelStats& c) { return c.in_flight_count; });
+    text.per(stats, "nsqd_channel_deferred", "messages put off", [](const ChannelStats& c) { return c.deferred_count; });
+    text.per(stats, "nsqd_channel_clients", "consumers", [](const ChannelStats& c) { return c.client_count; });
+    text.per(stats, "nsqd_channel_paused", "1 when the channel is paused", [](const ChannelStats& c) { return c.paused; });
+    if (std::any_of(stats.topics.begin(), stats.topics.end(), [](const TopicStats& t) { return !t.latency.percentiles.empty(); })) text.latency(stats);
+    text.process(stats);
+    return std::move(text.out_);
+  }
+
+ private:
+  void head(std::string_view name, std::string_view type, std::string_view help) { out_ += text("# HELP ", name, " ", help, "\n# TYPE ", name, " ", type, "\n"); }
+  void one(std::string_view name, std::string_view type, std::string_view help, double value, std::string_view labels = {}) {
+    head(name, type, help);
+    line(name, labels, value);
+  }
+  void line(std::string_view name, std::string_view labels, double value) {
+    std::array<char, 40> number{};
+    std::snprintf(number.data(), number.size(), "%.15g", value);
+    out_ += text(name, labels, " ", number.data(), "\n");
+  }
+  /// One line for each topic or, where the figure is a channel's, for each channel. Names need no escapes: see valid_name.
+  template <typename Figure>
+  void per(const Stats& stats, std::string_view name, std::string_view help, Figure&& figure) {
+    head(name, ends_with(name, "_total") ? "counter" : "gauge", help);
+    for (const TopicStats& topic : stats.topics) {
+      if constexpr (std::is_invocable_v<Figure, const TopicStats&>) {
+        line(name, text("{topic=\"", topic.name, "\"}"), static_cast<double>(figure(topic)));
+      } else {
+        for (const ChannelStats& channel : topic.channels) line(name, labels(topic, channel), static_cast<double>(figure(channel)));
+      }
+    }
+  }
+  static std::string labels(const TopicStats& topic, const ChannelStats& channel, std::string_view more = {}) {
+    return text("{topic=\"", topic.name, "\",channel=\"", channel.name, "\"", more, "}");
+  }
+  void latency(const Stats& stats) {
+    head("nsqd_channel_latency_seconds", "summary", "time from publish to finish, by quantile, over the window");
+    for (const TopicStats& topic : stats.topics)
+      for (const ChannelStats& channel : topic.channels)
+        for (const auto& [quantile, value] : channel.latency.percentiles)
+          line("nsqd_channel_latency_seconds", labels(topic, channel, text(",quantile=\"", JsonWriter().value(quantile).out, "\"")), static_cast<double>(value) / 1e9);
+  }
+  void process(const Stats& stats) {
+    rusage used{};
+    ::getrusage(RUSAGE_SELF, &used);
+    const auto seconds = [](const timeval& time) { return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_usec) / 1e6; };
+    one("process_cpu_seconds_total", "counter", "time that the process has used a processor", seconds(used.ru_utime) + seconds(used.ru_stime));
+    one("process_start_time_seconds", "gauge", "when the process started, Unix time", static_cast<double>(stats.start_time));
+    one("process_memory_in_use_bytes", "gauge", "memory of the process's own", static_cast<double>(memory_figures()[2].second));
+  }
+  std::string out_;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// [11] The page
+//
+// What a browser gets at GET /: one self-contained page that shows the statistics and calls the HTTP API.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// What the page may do: run its own script and style, and speak to this daemon, nothing else.
+inline constexpr std::string_view kPagePolicy =
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'";
+
+inline constexpr std::string_view kPage = R"page(<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>nsqd</title>
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; --page: light-dark(#f6f7f7, #131618); --card: light-dark(#fff, #1b1f22);
+  --ink: light-dark(#1c2326, #e4e8e9); --soft: light-dark(#5c676c, #98a4a9); --faint: light-dark(#a3adb1, #5f6b71);
+  --line: light-dark(#e3e7e8, #2b3135); --accent: light-dark(#0b7468, #4fc4b3); --warn: light-dark(#96590a, #e5b567);
+  --bad: light-dark(#b3261e, #f2938c); font: 14px/1.45 system-ui, sans-serif; color: var(--ink);
+  background: var(--page) } * { box-sizing: border-box } [hidden], #toast:empty { display: none !important } code {
+  font-family: ui-monospace, monospace } body { max-width: 1320px; margin: 0 auto; padding: 8px 24px 72px;
+  overflow-wrap: anywhere } .bar > input { flex: 1 } header, .bar, dl { display: flex; flex-wrap: wrap;
+  align-items: baseline; gap: 8px; margin: 14px 0; color: var(--soft) } header { column-gap: 18px } h1, h2 {
+  font-size: 20px; margin: 0; color: var(--ink) } #what, .topic .name { font-weight: 600 } dl { column-gap: 32px }
+dt, thead, td::before { color: var(--soft); font-size: 12px } dd, .n, li { font-variant: tabular-nums } dd {
+  margin: 0; font-size: 20px; color: var(--ink) } output { flex: 1 } dialog .bar { justify-content: end;
+  margin-bottom: 0 } button, input, textarea { font: inherit; color: var(--ink); background: var(--card);
+  border: 1px solid var(--line); border-radius: 7px; padding: 6px 12px } button { cursor: pointer } button:hover {
+  border-color: var(--faint) } .bar .main { background: var(--accent); color: var(--card); font-weight: 600 }
+.bar #yes { background: var(--bad) } :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
+fieldset { border: 0; padding: 0; margin: 0 } table, .note, dialog { border: 1px solid var(--line);
+  border-radius: 10px; background: var(--card); color: var(--ink) } table { width: 100%; table-layout: fixed;
+  border-spacing: 0 } th, td { padding: 5px; text-align: left; font-weight: 400 } .n, .do { text-align: right;
+  width: 69px } .message_count { width: 86px } .plot { width: 128px } .do { width: 178px } thead th { position: sticky;
+  top: 0; background: var(--card); border-radius: 10px; padding-block: 9px; white-space: nowrap } th:first-child {
+  padding-left: 16px } .topic tr > * { border-top: 1px solid var(--line); padding-top: 8px } td button, .open {
+  border-color: transparent; background: none; color: var(--soft); padding: 3px 5px; font-size: 13px }
+td button:hover, .open:hover { border-color: transparent; color: var(--ink); background: var(--page) } .zero {
+  color: var(--faint) } .open { color: inherit; font-size: 14px; text-align: left } .open::before { content: "+";
+  display: inline-block; width: 16px } .open[aria-expanded=true]::before { content: "\2212" }
+td.timeout_count:not(.zero), .badge { color: var(--warn) } .badge { font-size: 12px; border: 1px solid;
+  border-radius: 9px; padding: 0 7px } .good { color: var(--accent) } svg { display: block; width: 112px; height: 24px;
+  color: var(--accent); border-bottom: 1px solid var(--line) } polyline { fill: none; stroke: currentColor;
+  stroke-width: 1.5; vector-effect: non-scaling-stroke } .bad { color: var(--bad) } polygon { fill: currentColor;
+  opacity: .14 } .flat > * { opacity: 0 } .gone :is(main, header) { opacity: .5 } ul { margin: 0 10px 8px 32px;
+  padding: 8px 12px; border-radius: 7px; background: var(--page); list-style: none } .note { padding: 12px 16px }
+#toast { position: fixed; inset: auto 16px 4px; margin-inline: auto; width: fit-content; background: var(--ink);
+  color: var(--page) } dialog { width: min(440px, 92%); padding: 22px } label { display: block; color: var(--soft);
+  margin: 12px 0 } label > * { display: block; width: 100%; margin-top: 3px } @media (max-width: 1200px) { body {
+  padding-inline: 12px } thead, td:empty, td.zero:not(.depth) { display: none } table, tbody { display: block } tr {
+  display: flex; flex-wrap: wrap; gap: 4px 16px; padding: 9px 14px } ul { margin: 0 } .topic:not(:nth-child(2)) {
+  border-top: 1px solid var(--line) } tbody th { flex: 1 1 50% } dl { column-gap: 20px } tbody tr > * {
+  border: 0 !important; padding: 0 !important; width: auto !important; text-align: left } td::before {
+  content: attr(data-label) " " } .do, td:only-child { flex: 1 0 100% } .do { margin-left: -6px } }
+</style>
+<header><h1>nsqd</h1><span id="host"></span><span id="version"></span><span id="uptime"></span><span id="health"></span>
+</header>
+<p id="gone" class="note bad" role="alert" hidden></p>
+<main><dl id="sums"></dl>
+<div class="bar"><input id="filter" type="search" placeholder="Filter by name" aria-label="Filter by name">
+<button data-do="create">Create</button><button data-do="publish" class="main">Publish</button></div>
+<p id="empty" class="note" hidden>Nothing here yet: publish with <code id="try"></code></p>
+<p id="none" class="note" hidden>No topic or channel has this in its name.</p>
+<table id="list" hidden><thead><tr><th>Name<th class="plot">Depth, last minutes<th class="do"></thead></table></main>
+<p id="toast" class="note" role="status"></p>
+<template id="row"><tbody><tr><th scope="row"><span class="name t"></span><button class="open name c" data-do="open"
+ aria-expanded="false"></button> <span class="badge" hidden>paused</span><td class="plot"><svg viewBox="0 0 100 24"
+ role="img" preserveAspectRatio="none"><polygon /><polyline /></svg><td class="do"><button class="t"
+ data-do="publish">Publish</button><button class="t" data-do="create">Channel</button><button data-do="pause"
+>Pause</button><button data-do="empty">Empty</button><button data-do="delete">Delete</button></tbody></template>
+<dialog id="confirm" aria-labelledby="verb"><form method="dialog"><h2 id="verb"></h2><p id="what"></p><p id="loss"></p>
+<div class="bar"><button autofocus>Cancel</button><button value="yes" class="main" id="yes"></button></div></form>
+</dialog>
+<dialog id="form" aria-labelledby="title"><form><h2 id="title"></h2><datalist id="names"></datalist>
+<label>Topic<input name="topic" list="names" required maxlength="64" pattern="[.a-zA-Z0-9_\-]+(#ephemeral)?"></label>
+<fieldset id="create"><label>Channel (optional)
+<input name="channel" maxlength="64" pattern="[.a-zA-Z0-9_\-]+(#ephemeral)?"></label></fieldset>
+<fieldset id="publish"><label>Message<textarea name="body" rows="4" required></textarea></label>
+<label>Delay in milliseconds (optional)<input name="defer" type="number" min="0"></label></fieldset>
+<div class="bar"><output></output><button type="button" data-do="close">Close</button><button class="main"
+ id="go"></button></div>
+</form></dialog>
+<script>
+'use strict';
+const COLUMNS = { depth: 'Depth', in_flight_count: 'In flight', deferred_count: 'Deferred', requeue_count: 'Requeued',
+  timeout_count: 'Timed out', message_count: 'Messages', in: 'In/s', out: 'Out/s', client_count: 'Clients' };
+const $ = id => document.getElementById(id), table = $('list'), rows = new Map(), opened = Date.now();
+function make(tag, props, ...kids) {
+  const node = Object.assign(document.createElement(tag), props);
+  node.append(...kids);
+  return node;
+}
+const set = (node, text) => { if (node.textContent !== text) node.textContent = text; };
+const count = n => n < 10 ? String(Math.round(n * 10) / 10) : Math.round(n).toLocaleString('en');
+const age = s => s < 120 ? `${Math.max(0, s) | 0} s` : s < 7200 ? `${s / 60 | 0} min` : s < 172800 ? `${s / 3600 | 0} h`
+  : `${s / 86400 | 0} days`;
+const time = () => new Date().toLocaleTimeString();
+let startTime, wake, quiet;
+
+// Only rows on the screen are drawn, so 200 topics cost little more than 20.
+const watch = new IntersectionObserver(list => {
+  for (const { target: { row }, isIntersecting } of list) if ((row.seen = isIntersecting)) draw(row);
+});
+function addRow(topic, channel) {
+  const body = $('row').content.firstElementChild.cloneNode(true), last = body.querySelector('.do');
+  const kind = body.className = channel ? 'channel' : 'topic', keys = Object.keys(COLUMNS), cells = {};
+  body.querySelectorAll(channel ? '.t' : '.c').forEach(e => e.remove());
+  body.querySelector('.name').textContent = channel || topic;
+  if (!channel) last.colSpan = keys.splice(7).length + 1;  // its buttons take the place of Out/s and Clients
+  for (const key of keys) last.before(cells[key] = make('td', { className: `n ${key}` }));
+  for (const key of keys) cells[key].dataset.label = COLUMNS[key];
+  watch.observe(body);
+  const title = channel ? `channel ${channel} of topic ${topic}` : `topic ${topic}`;
+  return body.row = { body, topic, channel, kind, title, cells, past: [] };
+}
+function update(row, data, now) {
+  // What left a channel was finished or emptied: all that arrived less what is still held.
+  const held = row.held = data.depth + (data.in_flight_count || 0) + (data.deferred_count || 0), past = row.past;
+  const arrived = data.message_count, left = arrived - held;
+  if (past.at(-1)?.arrived > arrived)  // nsqd was restarted
+    for (const p of past) Object.assign(p, { arrived, left });
+  past.push({ at: now, depth: data.depth, arrived, left });
+  while (past[0].at < now - 300e3) past.shift();
+  const old = past.findLast(p => p.at < now - 5000) || past[0], rate = n => Math.max(0, n * 1000 / (now - old.at || 1));
+  row.data = { ...data, in: rate(arrived - old.arrived), out: rate(left - old.left) };
+  if (row.seen) draw(row);
+}
+function draw({ body, data, past, cells, title, list }) {
+  const find = s => body.querySelector(s), high = Math.max(...past.map(p => p.depth)), now = past.at(-1).at;
+  for (const key in cells) if (key in data) {
+    set(cells[key], count(data[key]));
+    cells[key].classList.toggle('zero', !data[key]);
+  }
+  const span = Math.min(300e3, Math.max(60e3, now - opened)), x = p => (100 - (now - p.at) / span * 100).toFixed(2);
+  const points = past.map(p => `${x(p)},${(23 - p.depth / Math.max(high, 5) * 22).toFixed(1)}`).join(' ');
+  find('polyline').setAttribute('points', points);
+  find('polygon').setAttribute('points', `${x(past[0])},24 ${points} 100,24`);
+  find('svg').classList.toggle('flat', !high);
+  find('svg').ariaLabel = `Depth over the last ${age(span / 1000)}, at most ${count(high)}`;
+  find('.badge').hidden = !data.paused;
+  set(find('[data-do=pause]'), data.paused ? 'Unpause' : 'Pause');
+  for (const button of find('.do').children) button.ariaLabel = `${button.textContent} ${title}`;
+  if (!list || !data.clients) return;
+  const lines = data.clients.map(c => [c.client_id, c.remote_address, c.user_agent, `ready ${count(c.ready_count)}`,
+    `in flight ${count(c.in_flight_count)}`, `finished ${count(c.finish_count)}`, `requeued ${count(c.requeue_count)}`,
+    `connected ${age(Date.now() / 1000 - c.connect_ts)}`].join(' \u00b7 ')).sort();
+  list.replaceChildren(...(lines[0] ? lines : ['No client is subscribed.']).map(line => make('li', {}, line)));
+}
+function render(stats, now) {
+  const sums = { Topics: 0, Channels: 0, Depth: 0, 'In flight': 0, 'In/s': 0, 'Out/s': 0, Clients: 0 };
+  let place = table.tHead, alive = new Set();
+  for (const t of stats.topics || []) for (const data of [t, ...t.channels]) {
+    const channel = data.channel_name, key = `${t.topic_name}/${channel || ''}`;  // no name can hold a slash
+    const row = rows.get(key) || addRow(t.topic_name, channel);
+    rows.set(key, row);
+    alive.add(row);
+    if (place.nextElementSibling !== row.body) place.after(row.body);
+    place = row.body;
+    update(row, data, now);
+    sums[channel ? 'Channels' : 'Topics']++;
+    sums[channel ? 'Out/s' : 'In/s'] += row.data[channel ? 'out' : 'in'];
+    sums.Depth += data.depth;
+    sums['In flight'] += data.in_flight_count || 0;
+    sums.Clients += data.client_count || 0;
+  }
+  for (const [key, row] of rows) if (!alive.has(row)) { row.body.remove(); rows.delete(key); }
+  $('sums').replaceChildren(...Object.entries(sums).map(([name, n]) =>
+    make('div', {}, make('dt', {}, name), make('dd', {}, count(n)))));
+  set($('version'), `version ${stats.version}`);
+  set($('uptime'), `up ${age(now / 1000 - stats.start_time)}`);
+  set($('health'), stats.health === 'OK' ? 'healthy' : stats.health);
+  $('health').className = stats.health === 'OK' ? 'good' : 'bad';
+  filter();
+}
+function filter() {
+  const text = $('filter').value.trim().toLowerCase();
+  const found = new Set([...rows].filter(([key]) => key.toLowerCase().includes(text)).map(([, row]) => row));
+  const topics = new Set([...found].map(row => row.topic));
+  for (const row of rows.values()) row.body.hidden = !(row.channel ? found.has(row) : topics.has(row.topic));
+  table.hidden = !found.size;
+  $('empty').hidden = rows.size;
+  $('none').hidden = found.size || !rows.size;
+}
+function say(text) {
+  const place = document.querySelector('dialog[open] output') || $('toast');
+  place.textContent = text;
+  clearTimeout(quiet);
+  quiet = setTimeout(() => { $('toast').textContent = document.querySelector('output').textContent = ''; }, 6000);
+}
+async function post(path, names, done, body) {
+  try {
+    const answer = await fetch(`${path}?${new URLSearchParams(names)}`, { method: 'POST', body });
+    if (!answer.ok) throw Error((await answer.json()).message.toLowerCase().replaceAll('_', ' '));
+    say(done);
+    wake();
+    return true;
+  } catch (e) { say(`Not done: ${e instanceof TypeError ? 'nsqd does not answer' : e.message}`); }
+}
+const change = (verb, done, { kind, topic, channel, title }) =>
+  post(`${kind}/${verb}`, channel ? { topic, channel } : { topic }, `${done} ${title}`);
+
+function ask(verb, name, done, row) {
+  const lost = [...rows.values()].filter(r => r === row || verb === 'delete' && !row.channel && r.topic === row.topic);
+  const total = lost.reduce((n, r) => n + r.held, 0), dialog = $('confirm');
+  set($('verb'), `${name} this ${row.kind}?`);
+  set($('what'), row.title);
+  set($('loss'), `${count(total)} message${total === 1 ? '' : 's'} will be lost${
+    verb === 'empty' ? '' : `${row.channel ? '' : ', all channels deleted'} and all clients disconnected`}.`);
+  set($('yes'), `${name} ${row.kind}`);
+  dialog.returnValue = '';  // else Escape would repeat the last answer
+  dialog.onclose = () => { if (dialog.returnValue) change(verb, done, row); };
+  dialog.showModal();
+}
+function fill(verb, row) {
+  const form = $('form').querySelector('form'), { elements } = form, create = verb === 'create';
+  for (const id of ['create', 'publish']) $(id).hidden = $(id).disabled = id !== verb;
+  set($('title'), create ? 'Create a topic or a channel' : 'Publish a message');
+  set($('go'), create ? 'Create' : 'Publish');
+  $('names').replaceChildren(...[...rows.values()].filter(r => !r.channel).map(r => make('option', {}, r.topic)));
+  if (row) elements.topic.value = row.topic;
+  form.onsubmit = async event => {
+    event.preventDefault();
+    const { topic, channel, body, defer } = Object.fromEntries(new FormData(form));
+    if (!create) await post('pub', defer ? { topic, defer } : { topic }, `Published at ${time()}`, body);
+    else if (await post('topic/create', { topic }, `Created topic ${topic}`) && channel)
+      await post('channel/create', { topic, channel }, `Created channel ${channel} of topic ${topic}`);
+  };
+  $('form').showModal();
+  (!row ? elements.topic : create ? elements.channel : elements.body).select();
+}
+function toggle(row, button) {
+  if (row.list) row.list.closest('tr').remove();
+  row.list = row.list ? null : make('ul');
+  if (row.list) row.body.append(make('tr', {}, make('td', { colSpan: 12 }, row.list)));
+  button.ariaExpanded = String(!!row.list);
+  wake();
+}
+document.onclick = ({ target }) => {
+  const button = target.closest('[data-do]'), row = button?.closest('tbody')?.row, verb = button?.dataset.do;
+  if (verb === 'open') toggle(row, button);
+  else if (verb === 'close') $('form').close();
+  else if (verb === 'pause') change(...row.data.paused ? ['unpause', 'Unpaused'] : ['pause', 'Paused'], row);
+  else if (verb === 'empty') ask(verb, 'Empty', 'Emptied', row);
+  else if (verb === 'delete') ask(verb, 'Delete', 'Deleted', row);
+  else if (verb) fill(verb, row);
+};
+async function live() {
+  const get = path => fetch(path, { cache: 'no-store', signal: AbortSignal.timeout(5000) })
+    .then(answer => answer.json()).catch(() => null);
+  for (;; await new Promise(done => { wake = done; setTimeout(done, 1000); })) {
+    const clients = [...rows.values()].some(r => r.list);
+    const stats = await get(`stats?format=json&include_mem=false&include_clients=${clients}`), gone = !stats?.version;
+    if ($('gone').hidden === gone) {
+      set($('gone'), `nsqd stopped answering at ${time()}. Asking again every second.`);
+      $('gone').hidden = !gone;
+      document.body.classList.toggle('gone', gone);
+      if (!gone) say('nsqd is back.');
+    }
+    if (gone) continue;
+    render(stats, Date.now());
+    const info = stats.start_time !== startTime && await get('info');
+    if (info) set($('host'), `${info.hostname}, TCP port ${info.tcp_port}`);
+    startTime = stats.start_time;
+  }
+}
+for (const key in COLUMNS)
+  table.querySelector('thead .do').before(make('th', { className: `n ${key}`, textContent: COLUMNS[key] }));
+set($('try'), `curl -d hello '${location.origin}/pub?topic=clicks'`);
+$('filter').oninput = filter;
+live();
+</script>
+)page";
+
 // ---------------------------------------------------------------------------------------------------------------------
 // [11] HTTP
 //
@@ -4411,6 +4768,8 @@ class HttpSession : public Session {
         {"/ping", "GET", &S::ping},
         {"/info", "GET", &S::info},
         {"/stats", "GET", &S::show_stats},
+        {"/metrics", "GET", &S::show_metrics},
+        {"page", "GET", &S::show_page},
         {"/config/:key", "GET", &S::config_get},
         {"/config/:key", "PUT", &S::config_put},
         {"/topic/create", "POST", &S::wanted_topic},
@@ -4434,8 +4793,10 @@ class HttpSession : public Session {
   /// Carries out a request. Its response is 200 with nothing, unless somebody on the way sets another.
   void route() {
     std::set<std::string_view> methods;
+    const bool page = request_.path == "/" && request_.headers.has("Accept", "text/html");  // nsqd has none: others get its 404
+    const std::string_view wanted = page ? "page" : pattern_of(request_.path);
     for (const Route& candidate : routes()) {
-      if (candidate.path != pattern_of(request_.path)) continue;
+      if (candidate.path != wanted) continue;
       if (candidate.method == request_.method)
         return candidate.method != "GET" && forged() ? fail(403, "CROSS_SITE_REQUEST") : candidate.run(*this);
       methods.insert(candidate.method);
@@ -4543,6 +4904,19 @@ class HttpSession : public Session {
     const bool topic_known = query.topic.empty() || broker_.find(query.topic) != nullptr;
     if (given.value("format") == "json") response_ = HttpResponse::json(stats_json(stats, query, topic_known));
     else response_ = HttpResponse::plain(stats_text(stats, query, broker_.now, host_.started_wall));
+  }
+
+  void show_metrics() {
+    StatsQuery query;
+    query.include_clients = false;
+    response_ = HttpResponse::plain(MetricsText::of(take_stats(host_, query), host_.connections()));
+    response_.type = "text/plain; version=0.0.4; charset=utf-8";
+  }
+
+  void show_page() {
+    response_ = HttpResponse::bare(200, text("Cache-Control: no-cache\r\nX-Content-Type-Options: nosniff\r\nContent-Security-Policy: ", kPagePolicy, "\r\n"));
+    response_.type = "text/html; charset=utf-8";
+    response_.body = kPage;
   }
 
   size_t largest_message() const { return static_cast<size_t>(options_.max_msg_size); }
@@ -5245,6 +5619,10 @@ class Loop {
     }
     fds_.push_back({wake_read_.get(), POLLIN, 0});
     entries_.push_back(nullptr);
+    rlimit limit{};
+    ::getrlimit(RLIMIT_NOFILE, &limit);
+    descriptors_ = static_cast<size_t>(limit.rlim_cur);
+    spare_descriptors_ = std::min<size_t>(64, descriptors_ / 2);
     read_clocks();
   }
   ~Loop() { close_connections(); }
@@ -5454,6 +5832,7 @@ class Loop {
     for (size_t i = 0; i < listeners_.size(); ++i) {
       if ((fds_[1 + i].revents & POLLIN) == 0) continue;
       for (int most = 64; most > 0; --most) {
+        if (all_.size() + spare_descriptors_ >= descriptors_) return pause_listeners(EMFILE);
         SocketAddress peer;
         Fd fd(::accept(listeners_[i]->fd.get(), peer.get(), &peer.size));
         if (!fd) {
@@ -5515,13 +5894,27 @@ class Loop {
     ready_list_.clear();
     for (size_t i = 1 + listeners_.size(); i < std::min(polled_, fds_.size()); ++i)
       if (fds_[i].revents != 0) ready_list_.push_back({entries_[i], std::exchange(fds_[i].revents, short{0})});
-    for (const auto& [connection, events] : ready_list_) {
+    for (const auto& ready : ready_list_) {
+      Connection* connection = ready.first;
+      const short events = ready.second;
       warm_up(connection);
       if (connection->closed) continue;
       if (connection->connecting) finish_connecting(connection);
-      else if ((events & POLLIN) != 0) read(connection);
+      else if ((events & POLLIN) != 0) guard(connection, [&] { read(connection); });
       else if ((events & (POLLERR | POLLHUP | POLLNVAL)) != 0) lose(connection);
       if ((events & POLLOUT) != 0) attend(connection);
+    }
+  }
+  /// Where there is no memory for a connection, the connection ends and not the daemon.
+  template <typename Action>
+  void guard(Connection* connection, Action&& action) {
+    try {
+      action();
+    } catch (const std::bad_alloc&) {
+      broker_.logger.say(Level::kError, "out of memory: a connection is closed");
+      std::string().swap(connection->input);
+      connection->session->port.dropped = true;
+      attend(connection);
     }
   }
   void lose(Connection* connection) {
@@ -5591,7 +5984,7 @@ class Loop {
     for (Connection* connection : writing_) {
       connection->attended = false;
       if (connection->session->port.dropped && !std::exchange(connection->closed, true) && !connection->fd) connection->session->ended({});
-      if (!connection->closed) write(connection);
+      if (!connection->closed) guard(connection, [&] { write(connection); });
       if (connection->closed) closed_.push_back(connection);
     }
     writing_.clear();
@@ -5654,6 +6047,7 @@ class Loop {
   Broker& broker_;
   Timer accept_again_;
   bool listeners_paused_ = false;
+  size_t descriptors_ = 0, spare_descriptors_ = 0;  // as many as there may be, and those kept back for files and peers
   std::string shared_input_;
   Fd wake_read_, wake_write_;
   std::vector<std::unique_ptr<Listener>> listeners_;
@@ -5821,6 +6215,7 @@ class Engine {
     host_.started_wall = broker_.now.wall;
     host_.ask_auth = [this](V2Session& session) { cluster_.ask_auth(session); };
     host_.look_up = [this](std::string_view topic, Session& session) { return cluster_.look_up(topic, session); };
+    host_.connections = [this] { return loop_.connections(); };
     host_.set_lookupds = [this](std::vector<std::string> addresses) {
       options_.lookupd_tcp_address = std::move(addresses);
       cluster_.set_peers(options_.lookupd_tcp_address);
@@ -6668,6 +7063,11 @@ inline int run(Service& service, int argc, const char* const* argv, std::initial
   sigset_t blocked = awaited;
   ::sigaddset(&blocked, SIGXFSZ);  // a file that may not grow is an error of the write, and no end of the process
   ::pthread_sigmask(SIG_BLOCK, &blocked, nullptr);  // threads that the service starts inherit this
+  rlimit descriptors{};
+  if (::getrlimit(RLIMIT_NOFILE, &descriptors) == 0) {  // one for each client: as many as the system lets us have
+    descriptors.rlim_cur = descriptors.rlim_max;
+    ::setrlimit(RLIMIT_NOFILE, &descriptors);
+  }
   const pthread_t waiting = ::pthread_self();
   const int end_signal = *signals.begin();
   try {

@@ -1937,6 +1937,19 @@ TEST(what_was_acknowledged_survives_a_kill_with_its_id_and_time) {
   CHECK_EQ(bodies_of(drain(d, "waits", "c")), Strings{"for a channel"});
 }
 
+TEST(a_message_to_a_topic_and_channel_that_are_new_survives_a_kill_at_once) {
+  Process d;
+  for (const auto& topic : numbered("t", 0, 15)) {
+    Client client(d);
+    client.sub(topic, "c", 0);
+    client.pub(topic, "x");
+    client.pub("alone." + topic, "x");
+    d.restart();
+    CHECK_EQ(channel_count(d, topic, "c", "depth"), 1);
+    CHECK_EQ(topic_count(d, "alone." + topic, "depth"), 1);
+  }
+}
+
 TEST(what_was_finished_does_not_come_back) {
   Process d;
   Client client(d);
@@ -2469,6 +2482,7 @@ TEST(a_disk_that_is_full_at_the_start_or_for_metadata_is_said_and_survived) {
   EVENTUALLY(d.log().find("ERROR") != std::string::npos);
   std::filesystem::remove(d.data_path + "/ballast");
   post(d, "/topic/create?topic=v");
+  EVENTUALLY(read_file(d.data_path + "/nsqd.dat").find("\"v\"") != std::string::npos);
   d.restart();
   for (const char* topic : {"t", "u", "v"}) CHECK(topic_count(d, topic, "depth") >= 0);
   CHECK_EQ(drain(d, "t", "c").size(), 1U);
@@ -2870,8 +2884,9 @@ TEST(a_consumer_that_stops_reading_with_2500_in_flight_holds_up_nobody) {
   Client stuck(d), publisher(d);
   create_channel(d, "t", "good");
   stuck.sub("t", "c", 2500);
-  for (int i = 0; i < 30; i++) publisher.mpub("t", Strings(100, std::string(10000, 'x')));
+  publisher.mpub("t", Strings(100, std::string(10000, 'x')));
   EVENTUALLY(channel_count(d, "t", "c", "in_flight_count") > 0);
+  for (int i = 1; i < 30; i++) publisher.mpub("t", Strings(100, std::string(10000, 'x')));
   CHECK(channel_count(d, "t", "c", "in_flight_count") <= 2500);
   CHECK(memory_kb(d) < 100000);
   CHECK_EQ(drain(d, "t", "good").size(), 3000U);
