@@ -1031,6 +1031,7 @@ struct Metadata {
 
 inline constexpr size_t kFirstSegment = size_t{1} << 14;   // bytes; so that ten thousand small topics fit anywhere
 inline constexpr size_t kWarmSegment = size_t{1} << 23;    // largest one that is kept for reuse when it has been emptied
+inline constexpr size_t kFewSegments = 4;                  // more of them are a backlog, for which larger ones are made
 inline constexpr size_t kLargestSegment = size_t{1} << 30; // offsets have 31 bits
 inline constexpr size_t kFileHeader = 64;
 inline constexpr uint32_t kByteOrder = 0x01020304;
@@ -1436,13 +1437,46 @@ class DueBook {
   size_t used_ = 0;
 };
 
+/// Segments that were emptied, for all topics to use again: their pages are warm, and to touch fresh pages is the largest
+/// cost of a publish.
+class Spares {
+ public:
+  explicit Spares(Storage& storage) : storage_(storage) {}
+  /// A spare one with room for so many bytes, or null.
+  std::unique_ptr<Segment> take(size_t size, bool anonymous) {
+    const auto fits = [&](const auto& s) { return s->file.size() >= size && s->file.anonymous() == anonymous; };
+    const auto found = std::find_if(spares_.rbegin(), spares_.rend(), fits);
+    if (found == spares_.rend()) return nullptr;
+    auto taken = std::move(*found);
+    spares_.erase(std::prev(found.base()));
+    return taken;
+  }
+  /// Keeps a segment or removes it.
+  void keep(std::unique_ptr<Segment> segment) {
+    const size_t size = segment->file.size();
+    const bool wanted = spares_.size() < kMost && size <= kWarmSegment && size >= kWarmSegment / 8 && segment->file.mapped();
+    if (wanted && segment->file.rename(text(storage_.directory, "/", ++named_, ".spare"), storage_).ok()) spares_.push_back(std::move(segment));
+    else segment->file.remove();
+  }
+  void remove_all() {
+    for (auto& segment : spares_) segment->file.remove();
+    spares_.clear();
+  }
+
+ private:
+  static constexpr size_t kMost = 8;  // of 8 MiB at most
+  Storage& storage_;
+  std::vector<std::unique_ptr<Segment>> spares_;
+  uint64_t named_ = 0;
+};
+
 /// The segments of one topic, in the order of their numbers.
-/// Always: at most the last one is not sealed; a segment that no channel needs any more is gone, or is the spare one.
+/// Always: at most the last one is not sealed; a segment that no channel needs any more is gone.
 class Log {
  public:
   /// `prepare` makes what the channels need of a new segment before it counts; `wind_up` hears of one that was sealed.
-  Log(Storage& storage, std::string topic, bool kept, std::function<Status(Segment&)> prepare, std::function<void(Segment&)> wind_up)
-      : storage_(storage), topic_(std::move(topic)), kept_(kept && !storage.directory.empty()), prepare_(std::move(prepare)), wind_up_(std::move(wind_up)) {}
+  Log(Storage& storage, Spares& spares, std::string topic, bool kept, std::function<Status(Segment&)> prepare, std::function<void(Segment&)> wind_up)
+      : storage_(storage), spares_(spares), topic_(std::move(topic)), kept_(kept && !storage.directory.empty()), prepare_(std::move(prepare)), wind_up_(std::move(wind_up)) {}
 
   std::deque<std::unique_ptr<Segment>> segments;
 
@@ -1464,33 +1498,27 @@ class Log {
       if (!status.ok()) return status;
       last = tail();
     }
-    Status status = last->file.open();
-    if (!status.ok()) return status;
+    if (!last->file.mapped()) {
+      Status status = last->file.open();
+      if (!status.ok()) return status;
+    }
     last->append(id, timestamp, body, due, attempts);
     ++end_;
-    return status;
+    return {};
   }
   void commit() {
     if (Segment* last = tail()) last->commit(storage_);
   }
-  /// Takes a segment that is not needed any more out of the log. A small one stays as the spare one: its pages are warm, and
-  /// to touch fresh pages is the largest cost of a publish.
+  /// Takes a segment that is not needed any more out of the log.
   void release(Segment& segment) {
-    auto found = std::find_if(segments.begin(), segments.end(), [&](const auto& s) { return s.get() == &segment; });
-    const bool keep = spare_ == nullptr && segment.file.size() <= kWarmSegment && segment.file.size() > kFirstSegment && segment.file.mapped() &&
-                      segment.file.rename(text(storage_.directory, "/", topic_, ".spare"), storage_).ok();
-    if (keep) spare_ = std::move(*found);
-    else segment.file.remove();
+    const auto found = std::find_if(segments.begin(), segments.end(), [&](const auto& s) { return s.get() == &segment; });
+    auto released = std::move(*found);
     segments.erase(found);
+    spares_.keep(std::move(released));
   }
   void remove_all() {
     for (auto& segment : segments) segment->file.remove();
     segments.clear();
-    drop_spare();
-  }
-  void drop_spare() {
-    if (spare_ != nullptr) spare_->file.remove();
-    spare_.reset();
   }
   void adopt(std::unique_ptr<Segment> segment) {
     end_ = std::max(end_, segment->end());
@@ -1503,12 +1531,12 @@ class Log {
     commit();
     const size_t needed = Segment::kFrames + 8 + Segment::kFrameHead + body + 8;
     if (needed > kLargestSegment) return {"the message is too large for a segment"};
-    if (spare_ != nullptr && spare_->file.size() < needed) drop_spare();
     const std::string name = path("", end_, ".segment");
-    std::unique_ptr<Segment> next = std::move(spare_);
+    const size_t wanted = std::max(next_size(), (needed + 4095) / 4096 * 4096);
+    std::unique_ptr<Segment> next = wanted <= kWarmSegment ? spares_.take(wanted, !kept_) : nullptr;
     Status status;
     if (next == nullptr) {
-      next = std::make_unique<Segment>(name, std::max(next_size(), (needed + 4095) / 4096 * 4096), end_);
+      next = std::make_unique<Segment>(name, wanted, end_);
       status = next->file.create(storage_);
     }
     if (status.ok()) next->begin(end_);
@@ -1531,14 +1559,14 @@ class Log {
   size_t next_size() const {
     if (segments.empty()) return std::min(kFirstSegment, storage_.largest_segment);
     const size_t grown = segments.back()->file.size() * 4;
-    return std::min(segments.size() > 1 ? grown : std::min(grown, kWarmSegment), storage_.largest_segment);
+    return std::min(segments.size() > kFewSegments ? grown : std::min(grown, kWarmSegment), storage_.largest_segment);
   }
   Storage& storage_;
+  Spares& spares_;
   std::string topic_;
   bool kept_;
   std::function<Status(Segment&)> prepare_;
   std::function<void(Segment&)> wind_up_;
-  std::unique_ptr<Segment> spare_;
   uint64_t end_ = 0;
 };
 
@@ -1816,6 +1844,7 @@ class Broker {
   Now now;  // the time of this turn, set by the loop
   Timers timers;
   Storage storage;
+  Spares spares{storage};
   IdSource ids;
   std::map<std::string, std::unique_ptr<Topic>, std::less<>> topics;
   uint64_t deletions = 0;         // of topics: what a session remembers of one holds until this rises
@@ -2505,7 +2534,7 @@ class Channel {
 
 inline Topic::Topic(Broker& of, std::string topic_name)
     : broker(of), name(std::move(topic_name)), ephemeral(is_ephemeral(name)),
-      log(of.storage, name, !ephemeral, [this](Segment& segment) { return prepare(segment); }, [this](Segment& segment) { wind_up(segment); }) {}
+      log(of.storage, of.spares, name, !ephemeral, [this](Segment& segment) { return prepare(segment); }, [this](Segment& segment) { wind_up(segment); }) {}
 
 inline Status Topic::publish(const std::string_view* bodies, size_t count, int64_t delay) {
   const Now& now = broker.now;
@@ -2657,7 +2686,6 @@ inline void Topic::close(bool remove_files) {
   broker.logger.say(Level::kInfo, "TOPIC(", name, "): ", remove_files ? "deleting" : "closing");
   for (auto& [channel_name, channel] : channels) channel->close(remove_files);
   if (remove_files) log.remove_all();
-  else log.drop_spare();
 }
 
 inline void Topic::pump() {
@@ -2788,6 +2816,7 @@ inline Metadata Broker::metadata() const {
 inline void Broker::close() {
   serving = false;
   for (auto& [name, topic] : topics) topic->close(false);
+  spares.remove_all();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2816,7 +2845,7 @@ struct FileName {
       if (!number) return std::nullopt;
       parsed.first = static_cast<uint64_t>(*number);
       name.remove_suffix(21);
-    } else if (parsed.kind != "due" && parsed.kind != "spare") {
+    } else if (parsed.kind != "due") {
       return std::nullopt;
     }
     const size_t colon = name.find(':');
@@ -2882,15 +2911,14 @@ class Recovery {
 
   void sort(const std::string& name) {
     const std::string path = directory_ + "/" + name;
-    if (name == "nsqd.dat.tmp" || ends_with(name, ".due.tmp")) {  // unfinished replacements
+    if (name == "nsqd.dat.tmp" || ends_with(name, ".due.tmp") || ends_with(name, ".spare")) {  // of no use any more
       ::unlink(path.c_str());
     } else if (const size_t at = name.find(".diskqueue."); at != name.npos) {
       if (ends_with(name, ".dat")) queues_.insert(name.substr(0, at));
     } else if (const auto file = FileName::parse(name)) {
       if (file->kind == "segment") segments_[file->topic].push_back(file->first);
       else if (file->kind == "state") states_.push_back(*file);
-      else if (file->kind == "due") due_books_[file->topic + ":" + file->channel] = path;
-      else ::unlink(path.c_str());  // a spare one
+      else due_books_[file->topic + ":" + file->channel] = path;
     }
   }
 
@@ -2977,7 +3005,6 @@ class Recovery {
     std::vector<Segment*> segments;
     for (auto& segment : topic.log.segments) segments.push_back(segment.get());
     for (Segment* segment : segments) topic.release_if_done(*segment);
-    topic.log.drop_spare();
     for (auto& segment : topic.log.segments) segment->file.close();
   }
 

@@ -1149,11 +1149,11 @@ TEST(a_flag_wins_over_the_config_file_and_the_file_over_the_default) {
 TEST(a_config_file_that_is_wrong_names_file_line_and_key) {
   const std::string path = g_folder + "/nsqd.cfg";
   for (const char* wrong :
-       {"max_rdy_count = lots", "max_rdy_count = \"lots\"", "max_rdy_count = [1", "max_rdy_count"}) {
+       {"max_rdy_count = lots", "max_rdy_count = \"lots\"", "max_rdy_count = [1 2]", "max_rdy_count"}) {
     write_file(path, std::string("# one\ntcp_address = \"127.0.0.1:0\"\n") + wrong + "\n");
     const std::string said = refusal({"--config=" + path});
     CHECK_HAS(said, path);
-    CHECK_HAS(said, "3");
+    CHECK_HAS(said, "line 3");
     CHECK_HAS(said, "max_rdy_count");
   }
   CHECK_HAS(refusal({"--config=" + g_folder + "/none.cfg"}), "none.cfg");
@@ -3051,11 +3051,14 @@ TEST(clients_that_come_and_go_leave_nothing_behind) {
       client.message();
     }
     EVENTUALLY(get(d, "/stats?format=json").find("\"client_count\":1") == std::string::npos);
-    return static_cast<int64_t>(files("/proc/" + std::to_string(d.pid()) + "/fd").size());
   };
-  const int64_t descriptors = come_and_go(100), anon = memory_kb(d);
-  CHECK_EQ(come_and_go(1000), descriptors);
-  CHECK(memory_kb(d) - anon < 4000);
+  const auto descriptors = [&] { return files("/proc/" + std::to_string(d.pid()) + "/fd").size(); };
+  come_and_go(100);
+  const size_t open_files = descriptors();
+  const int64_t memory = memory_kb(d);
+  come_and_go(1000);
+  EVENTUALLY(descriptors() <= open_files);
+  CHECK(memory_kb(d) - memory < 4000);
 }
 
 // =====================================================================================================================
