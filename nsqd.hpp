@@ -1,5 +1,52 @@
 // SPDX-License-Identifier: MIT
-// nsqd.hpp: an NSQ message queue daemon in one C++17 header.
+// Copyright (c) 2026 the nsqd.hpp maintainers. The licence is at the end of this file.
+//
+// nsqd.hpp: an NSQ message queue daemon in one C++17 header, for the C++ standard library and POSIX alone.
+//
+// A producer publishes messages to a topic. Each channel of the topic gets every message; among the consumers of a channel,
+// each message goes to one. A consumer says how many messages it takes at once (RDY) and finishes each (FIN), or it comes
+// again. To embed the daemon, read section [1]; main.cpp shows the program. To learn how it works, read on in this order:
+// [6] and [7] are the idea, [9] is how clients speak to it, [14] and [15] are the machine that moves the bytes.
+//
+// Map (search for the number in brackets):
+//
+// [1] Interface                    [7] Topics and channels           [13] Peers
+// [2] Ground                       [8] Recovery                      [14] The poll loop
+// [3] Logger                       [9] Protocol V2                   [15] The daemon
+// [4] JSON                         [10] Statistics                   [16] Options from flags and file
+// [5] Data path                    [11] The page                     [17] Run
+// [6] The log                      [12] HTTP                         [18] Licence
+//
+// The life of a message:
+//
+//   PUB --> V2Session::step --> Topic::publish --> Log::append -----------> a segment file, mapped
+//                                                      | message number n            |
+//                                                      v                             |
+//                                 for each channel that is hungry: Channel::pump     | sent from where it lies
+//                                                      |                             |
+//                                                      v                             v
+//   RDY --> Channel::set_ready ----> Channel::deliver: 1. requeued, its turn   2. the one at the cursor
+//                                                      |
+//                                                      v
+//              Held: in flight, with consumer, deadline and id, found by InFlight::find --> Port --> Loop::write
+//                 |                  |                       |                       |
+//                FIN          REQ 0, Channel::expire       REQ t                   TOUCH
+//           States::set          Channel::put_back     Channel::put_off        a later deadline
+//                 |
+//                 v
+//        Topic::release_if_done: a segment that every channel has finished goes
+//
+// Words: a topic's *log* holds its messages, in *segments*; each message has a *number* there. A channel's *cursor* is the
+// number of the first message that it never delivered. A message is *waiting*, *in flight*, *requeued* (ready again),
+// *deferred* (due at a time) or *finished*. Messages below a topic's *distributed* mark were handed to its channels. A
+// segment is *sealed* when it gets no more messages, *warm* while it is mapped for use. A *session* is one side of a
+// connection, a *turn* one round of the loop.
+//
+// One thread owns everything: sockets, topics, timers. There is no lock on a message's way. A turn reads each ready socket
+// once, carries out what has arrived, delivers, makes durable what has changed, and only then writes: so nothing is
+// acknowledged before it is stored, and a thousand commands share one system call.
+//
+// Left out: TLS, snappy, deflate (they need packages), and replication (NSQ has none).
 
 #ifndef NSQD_HPP
 #define NSQD_HPP
@@ -80,7 +127,7 @@ using Duration = std::chrono::nanoseconds;
 enum class Level { kDebug = 1, kInfo, kWarning, kError, kFatal };  // the numbers are those of GET /config/log_level
 
 /// The settings of a daemon. Each is named as its flag with underscores; the defaults are those of nsqd 1.3.0.
-/// `nsqd --help` explains each of them, and section [14] holds the table of flags.
+/// `nsqd --help` explains each of them, and section [16] holds the table of flags.
 struct Options {
   // Where it listens: host:port, or the path of a Unix socket. Port 0 takes any free port (see Daemon::tcp_port).
   std::string tcp_address = "0.0.0.0:4150";
@@ -3124,7 +3171,7 @@ class Recovery {
 // [9] Protocol V2
 //
 // What NSQ's clients speak over TCP: lines with commands, some with a body, answered by frames. And the contract of every
-// session: bytes go in, bytes come out, and only the loop ([13]) touches the socket.
+// session: bytes go in, bytes come out, and only the loop ([14]) touches the socket.
 // Always: a command is carried out once, when all of it has arrived, and in the order of arrival; the number of messages
 // that a client has in flight equals the number of Held that its Consumer owns.
 // ---------------------------------------------------------------------------------------------------------------------
@@ -4439,7 +4486,7 @@ live();
 )page";
 
 // ---------------------------------------------------------------------------------------------------------------------
-// [11] HTTP
+// [12] HTTP
 //
 // A server for HTTP/1.1 and 1.0: keep-alive, pipelining, chunked bodies, Expect: 100-continue; then nsqd's endpoints, one
 // row each in one table.
@@ -4648,7 +4695,7 @@ inline std::string_view status_text(int status) {
   return found == kTexts.end() ? "Error" : found->second;
 }
 
-/// A setting as GET /config shows it, and the change of one; defined with the table of flags in [15].
+/// A setting as GET /config shows it, and the change of one; defined with the table of flags in [16].
 struct ShownOption {
   std::string value;
   bool json = true;
@@ -5054,7 +5101,7 @@ class HttpSession : public Session {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// [12] Peers
+// [13] Peers
 //
 // Servers that the daemon speaks to: nsqlookupd (over TCP, and its HTTP side) and the auth server. Each is a session like
 // those of the clients, only that we begin it.
@@ -5447,7 +5494,7 @@ class Cluster {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// [13] The poll loop
+// [14] The poll loop
 //
 // The only part with sockets and clocks. It owns the connections, feeds what arrives to their sessions and writes what these
 // have appended. Nothing here blocks but poll(2) itself.
@@ -5688,7 +5735,7 @@ class Loop {
     }
   }
   void close_connections() {
-    while (!all_.empty()) destroy(all_.begin()->get());
+    while (!all_.empty()) destroy(all_.begin()->first);
   }
 
   /// Takes a session that has no socket: its drained() is called when it has something to take.
@@ -5737,7 +5784,7 @@ class Loop {
   const std::vector<std::unique_ptr<Listener>>& listeners() const { return listeners_; }
   template <typename Visit>
   void each_session(Visit&& visit) const {
-    for (const auto& connection : all_) visit(*connection->session);
+    for (const auto& [connection, owned] : all_) visit(*connection->session);
   }
   size_t connections() const { return all_.size(); }
 
@@ -5760,13 +5807,6 @@ class Loop {
     bool connecting = false, attended = false, ended = false, closed = false;
     std::unique_ptr<Timer> lingering = {};
   };
-  struct ByAddress {
-    using is_transparent = void;
-    bool operator()(const std::unique_ptr<Connection>& a, const std::unique_ptr<Connection>& b) const { return std::less<>()(a.get(), b.get()); }
-    bool operator()(const std::unique_ptr<Connection>& a, const Connection* b) const { return std::less<>()(static_cast<const Connection*>(a.get()), b); }
-    bool operator()(const Connection* a, const std::unique_ptr<Connection>& b) const { return std::less<>()(a, static_cast<const Connection*>(b.get())); }
-  };
-
   // ---- waiting ---------------------------------------------------------------------------------------------------------
 
   /// Sleeps until a socket is ready or a timer is due. poll(2) costs time for each descriptor that it looks at, so while some
@@ -5818,7 +5858,7 @@ class Loop {
     connection->fd = std::move(fd);
     connection->session = std::move(session);
     connection->session->port.attend = [this, connection] { attend(connection); };
-    all_.insert(std::move(made));
+    all_.emplace(connection, std::move(made));
     if (connection->fd) enlist(connection);
     return connection;
   }
@@ -5828,8 +5868,8 @@ class Loop {
     entries_.push_back(connection);
   }
   Connection* connection_of(const Session& session) const {
-    for (const auto& connection : all_)
-      if (connection->session.get() == &session) return connection.get();
+    for (const auto& [connection, owned] : all_)
+      if (connection->session.get() == &session) return connection;
     return nullptr;
   }
   void attend(Connection* connection) {
@@ -5849,8 +5889,8 @@ class Loop {
     }
     connection->session->port.attend = [] {};
     attended_.erase(std::remove(attended_.begin(), attended_.end(), connection), attended_.end());
-    auto found = all_.find(connection);
-    auto gone = std::move(all_.extract(found).value());
+    const auto gone = std::move(all_.find(connection)->second);
+    all_.erase(connection);
     if (listeners_paused_) resume_listeners();
   }
 
@@ -6078,7 +6118,7 @@ class Loop {
   std::string shared_input_;
   Fd wake_read_, wake_write_;
   std::vector<std::unique_ptr<Listener>> listeners_;
-  std::set<std::unique_ptr<Connection>, ByAddress> all_;
+  std::map<Connection*, std::unique_ptr<Connection>> all_;
   std::vector<pollfd> fds_;  // the wake-up pipe, the listeners, the busy connections, and from hot_end_ on the idle ones
   std::vector<Connection*> entries_;
   size_t hot_end_ = 1;
@@ -6093,7 +6133,7 @@ class Loop {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// [14] The daemon
+// [15] The daemon
 //
 // Joins the parts: what is locked, bound and loaded at the start, what a turn makes durable, and in which order all of it
 // ends. And the consumers and publishers inside the process, who reach the loop by posting tasks to it.
@@ -6564,7 +6604,7 @@ inline Stats Daemon::stats() const {
 }  // namespace nsqd
 
 // ---------------------------------------------------------------------------------------------------------------------
-// [15] Options from flags and file
+// [16] Options from flags and file
 //
 // One table names every flag, its key in the config file and in GET /config, its kind and its meaning. Flags are read as Go
 // reads them, the file as the TOML that nsqd's own file uses; a flag wins over the file, the file over the default.
@@ -7077,7 +7117,7 @@ inline Options options_from(int argc, const char* const* argv) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// [16] Run
+// [17] Run
 //
 // How a program starts and stops: init, start, wait, stop. The only part that knows signals.
 // Always: a signal that comes after run() has begun is seen exactly once, whatever the service is doing then.
@@ -7114,5 +7154,24 @@ inline int run(Service& service, int argc, const char* const* argv, std::initial
 }
 
 }  // namespace nsqd
+
+// ---------------------------------------------------------------------------------------------------------------------
+// [18] Licence
+//
+// MIT License
+//
+// Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated documentation
+// files (the "Software"), to deal in the Software without restriction, including without limitation the rights to use, copy,
+// modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the
+// Software is furnished to do so, subject to the following conditions:
+//
+// The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+// Software.
+//
+// THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+// WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+// COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE,
+// ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+// ---------------------------------------------------------------------------------------------------------------------
 
 #endif  // NSQD_HPP
