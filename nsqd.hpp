@@ -2961,7 +2961,9 @@ class Recovery {
     if (name == "nsqd.dat.tmp" || ends_with(name, ".due.tmp") || ends_with(name, ".spare")) {  // of no use any more
       ::unlink(path.c_str());
     } else if (const size_t at = name.find(".diskqueue."); at != name.npos) {
-      if (ends_with(name, ".dat")) queues_.insert(name.substr(0, at));
+      if (!ends_with(name, ".dat")) return;
+      auto& files = queues_[name.substr(0, at)];
+      if (const auto number = decimal(name.substr(at + 11, name.size() - at - 15))) files.insert(*number);
     } else if (const auto file = FileName::parse(name)) {
       if (file->kind == "segment") segments_[file->topic].push_back(file->first);
       else if (file->kind == "state") states_.push_back(*file);
@@ -3071,7 +3073,7 @@ class Recovery {
   /// The queues of channels first: they are older than what their topic still holds.
   void import_queues() {
     for (const bool of_channels : {true, false}) {
-      for (const std::string& queue : queues_) {
+      for (const auto& [queue, files] : queues_) {
         const size_t colon = queue.find(':');
         if ((colon != queue.npos) != of_channels) continue;
         const std::string topic = queue.substr(0, colon), channel = of_channels ? queue.substr(colon + 1) : "";
@@ -3080,28 +3082,32 @@ class Recovery {
           continue;
         }
         Topic& to = broker_.topic(topic);
-        import_queue(queue, to, of_channels ? &need(to, channel) : nullptr);
+        import_queue(queue, files, to, of_channels ? &need(to, channel) : nullptr);
       }
     }
   }
 
-  void import_queue(const std::string& queue, Topic& topic, Channel* channel) {
+  void import_queue(const std::string& queue, const std::set<int64_t>& files, Topic& topic, Channel* channel) {
     Position at;
-    const std::string meta = queue + ".diskqueue.meta.dat";
-    if (const auto content = read_file(directory_ + "/" + meta)) {
-      long long depth = 0, read_file_number = 0, read_offset = 0;
-      if (std::sscanf(content->c_str(), "%lld\n%lld,%lld", &depth, &read_file_number, &read_offset) != 3 || read_file_number < 0 || read_offset < 0)
-        throw std::runtime_error(text("failed to read the queue of an earlier nsqd: ", directory_, "/", meta, " is damaged; mend the file or move it away"));
-      at = {read_file_number, static_cast<size_t>(read_offset)};
-    } else {
-      while (file_size(queue_file(queue, at.file)) == 0 && at.file < 1000000) ++at.file;
-    }
     size_t imported = 0;
-    for (; ::access(queue_file(queue, at.file).c_str(), F_OK) == 0; ++at.file, at.offset = 0) {
-      const std::string path = queue_file(queue, at.file);
-      imported += import_file(read_file(path).value_or(""), path, meta, at, topic, channel);
-      save_position(meta, {at.file + 1, 0});
-      ::unlink(path.c_str());
+    const std::string meta = queue + ".diskqueue.meta.dat";
+    const auto content = read_file(directory_ + "/" + meta);
+    long long depth = 0, number = 0, offset = 0;
+    const bool known = content && std::sscanf(content->c_str(), "%lld\n%lld,%lld", &depth, &number, &offset) == 3 && number >= 0 && offset >= 0;
+    if (known) at = {number, static_cast<size_t>(offset)};
+    else broker_.logger.say(Level::kWarning, "DISKQUEUE(", queue, "): how far it was read is not known; all of it is taken");
+    for (const int64_t file : files) {
+      const std::string path = queue_file(queue, file);
+      if (file > at.file) {
+        if (known) broker_.logger.say(Level::kWarning, "DISKQUEUE(", queue, "): file ", at.file, " is missing; going on with ", file);
+        at = {file, 0};
+      }
+      if (file == at.file) {
+        imported += import_file(read_file(path).value_or(""), path, meta, at, topic, channel);
+        at = {file + 1, 0};
+        save_position(meta, at);
+      }
+      ::unlink(path.c_str());  // read, now or by the one before us
     }
     ::unlink((directory_ + "/" + meta).c_str());
     broker_.logger.say(Level::kInfo, "DISKQUEUE(", queue, "): took over ", imported, " messages of an earlier nsqd");
@@ -3164,7 +3170,8 @@ class Recovery {
   std::map<std::string, std::vector<uint64_t>> segments_;  // by topic, ascending
   std::vector<FileName> states_;
   std::map<std::string, std::string> due_books_;  // topic:channel to path
-  std::set<std::string> queues_, early_channels_;
+  std::map<std::string, std::set<int64_t>> queues_;  // of nsqd: the numbers of their files
+  std::set<std::string> early_channels_;
 };
 
 // ---------------------------------------------------------------------------------------------------------------------

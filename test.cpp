@@ -169,11 +169,28 @@ std::string folder(const std::string& name) {
   return g_folder + "/" + name;
 }
 
+std::string read_file(const std::string& path) {
+  std::ifstream in(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
+}
+
+// Whether a sanitizer has complained in a daemon of this test; its log is shown.
+bool sanitizer_complains() {
+  for (const auto& file : std::filesystem::directory_iterator(g_folder)) {
+    if (file.path().filename().string().rfind("log.", 0) != 0) continue;
+    const std::string log = read_file(file.path().string());
+    if (log.find("Sanitizer") == std::string::npos && log.find("runtime error:") == std::string::npos) continue;
+    std::fprintf(stderr, "%s\n", log.c_str());
+    return true;
+  }
+  return false;
+}
+
 // In the child: the test, with its words on standard error. 0 passed, 1 failed, 77 skipped.
 int run_here(const Test& test) {
   try {
     test.body();
-    return 0;
+    return sanitizer_complains() ? 1 : 0;
   } catch (const Skipped& reason) {
     std::fprintf(stderr, "%s\n", reason.what());
     return 77;
@@ -205,11 +222,6 @@ Running launch(const Test& test, const std::string& base) {
   dup2(output, STDERR_FILENO);
   g_folder = run.folder;
   std::exit(run_here(test));
-}
-
-std::string read_file(const std::string& path) {
-  std::ifstream in(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
 }
 
 // After the end of a test's process: says how it went, removes what it left. 0 passed, 1 failed, 77 skipped.
