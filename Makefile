@@ -2,29 +2,45 @@
 
 CXX      ?= g++
 STD      ?= c++17
-OPT      ?= -O2 -g
-CXXFLAGS ?= -std=$(STD) $(OPT) -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror
+OPT      ?= -O2
+TEST_OPT ?= -O0 -g
+WARNINGS  = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror
+CXXFLAGS  = -std=$(STD) $(WARNINGS) -pthread -I.
 PREFIX   ?= /usr/local
 BUILD    ?= .build
 
 all: nsqd
 
-nsqd: main.cpp nsqd.hpp
-	$(CXX) $(CXXFLAGS) -pthread main.cpp -o $@
+nsqd: main.cpp nsqd.hpp Makefile
+	$(CXX) $(CXXFLAGS) $(OPT) main.cpp -o $@
 
 # Starts a daemon that only this machine can reach; its data is in .data.
 run: nsqd
-	mkdir -p .data
-	./nsqd --tcp-address=127.0.0.1:4150 --http-address=127.0.0.1:4151 --data-path=.data
+	@mkdir -p .data
+	@echo "Clients: 127.0.0.1:4150   HTTP, and a page for your browser: http://127.0.0.1:4151/"
+	@echo "Try:     curl -d hello 'http://127.0.0.1:4151/pub?topic=clicks'     Ctrl-C ends it; what is queued stays in .data"
+	@./nsqd --tcp-address=127.0.0.1:4150 --http-address=127.0.0.1:4151 --data-path=.data
 
-# A second unit that includes the header, so that a forgotten `inline` fails the link.
-$(BUILD)/test: test.cpp nsqd.hpp
-	mkdir -p $(BUILD)
-	echo '#include "nsqd.hpp"' | $(CXX) $(CXXFLAGS) -pthread -I. -x c++ -c - -o $(BUILD)/second.o
-	$(CXX) $(CXXFLAGS) -pthread test.cpp $(BUILD)/second.o -o $@
+# A second unit with the header and nothing else, so that a forgotten `inline` fails the link.
+$(BUILD)/test: test.cpp nsqd.hpp Makefile
+	@mkdir -p $(BUILD)
+	echo '#include "nsqd.hpp"' | $(CXX) $(CXXFLAGS) $(TEST_OPT) -x c++ -c - -o $(BUILD)/second.o
+	$(CXX) $(CXXFLAGS) $(TEST_OPT) test.cpp $(BUILD)/second.o -o $@
 
-test: nsqd $(BUILD)/test
+# The program that the README shows, as it stands there.
+$(BUILD)/example: README.md nsqd.hpp Makefile
+	@mkdir -p $(BUILD)
+	sed -n '/^```cpp$$/,/^```$$/p' README.md | sed '/^```/d' >$(BUILD)/example.cpp
+	$(CXX) $(CXXFLAGS) $(TEST_OPT) $(BUILD)/example.cpp -o $@
+
+test: nsqd $(BUILD)/test $(BUILD)/example
+	$(BUILD)/example
 	NSQD_BIN=./nsqd $(BUILD)/test
+
+# How fast it is, in under three minutes. `.build/bench/test bench --help` tells what else it can measure.
+bench: nsqd
+	@$(MAKE) -s BUILD=$(BUILD)/bench TEST_OPT=-O2 $(BUILD)/bench/test
+	$(BUILD)/bench/test bench --bin ./nsqd
 
 install: nsqd
 	install -D -m 755 nsqd $(DESTDIR)$(PREFIX)/bin/nsqd
@@ -33,4 +49,4 @@ install: nsqd
 clean:
 	rm -rf nsqd $(BUILD)
 
-.PHONY: all run test install clean
+.PHONY: all run test bench install clean

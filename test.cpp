@@ -12,6 +12,8 @@
 #include "nsqd.hpp"
 
 #include <arpa/inet.h>
+#include <ftw.h>
+#include <netdb.h>
 #include <dirent.h>
 #include <fcntl.h>
 #include <netinet/in.h>
@@ -33,6 +35,9 @@
 #endif
 
 #include <algorithm>
+#include <climits>
+#include <csignal>
+#include <ctime>
 #include <atomic>
 #include <cctype>
 #include <cerrno>
@@ -1994,11 +1999,10 @@ TEST(attempts_are_counted_over_restarts) {
     const Message message = consumer.message();
     CHECK_EQ(message.attempts, attempt);
     if (attempt % 3 == 0) {  // requeued, and not only in flight
-      consumer.req(message, 0);
       consumer.command("RDY 0");
+      consumer.req(message, 0);
       consumer.pub("barrier", "x");
     }
-    if (attempt % 3 == 0 && consumer.try_message(0ms)) attempt++;  // it came again before RDY 0 did
     d.restart(attempt % 2 == 0 ? SIGKILL : SIGTERM);
   }
 }
@@ -3537,11 +3541,932 @@ TEST(with_topology_a_near_consumer_that_is_idle_comes_first) {
 }  // namespace
 
 // =====================================================================================================================
+// bench: how fast is it?  ./test bench --help
+//
+// One load generator for every scenario: a thread that polls its connections, reads much at once, parses frames in
+// place and answers all of one read with one send, so that it costs less than the daemons it measures. Messages have
+// 200 bytes. Each scenario gets a fresh daemon with an empty data path, or shares the one at a given address.
+//
+//   Side                      what is measured: a binary with its flags, or an address
+//   Daemon                    one running instance of it
+//   Client                    one connection: a producer with a window, a consumer that finishes what it gets
+//   publish, flow, latency    the three kinds of load
+//   kScenarios                the rows of the table, made of these
+//   bench_main                options, rounds, medians, table
+// =====================================================================================================================
+
+
+namespace {
+namespace bench {
+
+using Clock = std::chrono::steady_clock;
+using Names = std::vector<std::string>;
+
+constexpr size_t kBody = 200;             // bytes in a message
+constexpr size_t kBatch = 200;            // messages in an MPUB
+constexpr size_t kBigInput = 512 << 10;   // of a working connection: most of a full RDY of messages in one read
+constexpr size_t kSmallInput = 1 << 10;   // of an idle one: the answer to IDENTIFY
+constexpr int kStall = 20;                // seconds without any answer after which a run has failed
+
+volatile std::sig_atomic_t interrupted = 0;  // by SIGINT or SIGTERM: a run ends, its daemon and folder are cleaned up
+
+[[noreturn]] void fail(const std::string& what) { throw std::runtime_error(what); }
+[[noreturn]] void fail_errno(const std::string& what) { fail(what + ": " + std::strerror(errno)); }
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+int64_t nanoseconds(Clock::time_point time) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(time.time_since_epoch()).count();
+}
+void sleep_for(double seconds) {
+  std::this_thread::sleep_for(std::chrono::duration<double>(seconds));
+  if (interrupted) fail("interrupted");
+}
+
+uint32_t be32(const char* p) {
+  uint32_t value;
+  std::memcpy(&value, p, sizeof value);
+  return ntohl(value);
+}
+std::string be32_text(size_t value) {
+  const uint32_t order = htonl(static_cast<uint32_t>(value));
+  return std::string(reinterpret_cast<const char*>(&order), sizeof order);
+}
+
+// ---- Connections ----------------------------------------------------------------------------------------------------
+
+sockaddr_in parse_address(const std::string& text) {
+  const size_t colon = std::min(text.rfind(':'), text.size());
+  addrinfo hints{}, *found = nullptr;
+  hints.ai_family = AF_INET;
+  hints.ai_socktype = SOCK_STREAM;
+  if (colon == text.size() || getaddrinfo(text.substr(0, colon).c_str(), &text[colon + 1], &hints, &found) != 0)
+    fail("not an address (HOST:PORT): " + text);
+  sockaddr_in address;
+  std::memcpy(&address, found->ai_addr, sizeof address);
+  freeaddrinfo(found);
+  return address;
+}
+
+/// A TCP socket that is closed with the object. Writing blocks; a peer that takes nothing for long is a failure.
+struct Socket {
+  int fd = socket(AF_INET, SOCK_STREAM, 0);
+
+  Socket() {
+    if (fd < 0) fail_errno("socket");
+  }
+  Socket(const Socket&) = delete;
+  Socket& operator=(const Socket&) = delete;
+  ~Socket() { close(fd); }
+
+  bool connect_to(const sockaddr_in& address) const {
+    const int on = 1;
+    const timeval limit{kStall, 0};
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
+    return connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0;
+  }
+
+  void write(const char* data, size_t size) const {
+    while (size > 0) {
+      const ssize_t n = send(fd, data, size, MSG_NOSIGNAL);
+      if (n < 0 && errno == EINTR && !interrupted) continue;
+      if (n < 0) fail_errno("send");
+      data += n;
+      size -= static_cast<size_t>(n);
+    }
+  }
+  void write(const std::string& bytes) const { write(bytes.data(), bytes.size()); }
+};
+
+/// One connection over TCP. It counts what comes in; as a producer it keeps a window of commands outstanding, as a
+/// consumer it finishes each message, and it always answers heartbeats.
+class Client {
+ public:
+  uint64_t responses = 0, messages = 0;
+  std::vector<double>* latencies = nullptr;  // if set: seconds from the time in each body until now
+
+  /// Sends the magic, IDENTIFY with these further settings, and the commands of `hello`; their responses are awaited
+  /// by await.
+  Client(const sockaddr_in& to, size_t input_size, const std::string& settings, const std::string& hello)
+      : input_(new char[input_size]), capacity_(input_size) {
+    if (!socket_.connect_to(to)) fail_errno("connect");
+    const std::string json = "{\"client_id\":\"bench\",\"feature_negotiation\":true" + settings + "}";
+    say("  V2IDENTIFY\n" + be32_text(json.size()) + json + hello);
+  }
+
+  int fd() const { return socket_.fd; }
+  void say(const std::string& bytes) const { socket_.write(bytes); }
+
+  /// Waits until `count` responses have come, and starts to count anew.
+  void await(uint64_t count) {
+    for (pollfd ready{fd(), POLLIN, 0}; responses < count; serve())
+      if (poll(&ready, 1, kStall * 1000) <= 0) fail("no answer");
+    responses = 0;
+  }
+
+  /// From now on keeps `window` commands outstanding, while there is any left of the budget, which producers share.
+  void produce(const std::string& command, size_t window, uint64_t* budget) {
+    command_size_ = command.size();
+    window_ = window;
+    budget_ = budget;
+    for (size_t i = 0; i < window; ++i) commands_ += command;
+    refill();
+  }
+
+  /// Reads once, without waiting, and answers.
+  void serve() {
+    const ssize_t n = recv(fd(), input_.get() + have_, capacity_ - have_, MSG_DONTWAIT);
+    if (n < 0 && (errno == EAGAIN || errno == EINTR)) return;
+    if (n <= 0) fail("lost a connection");
+    have_ += static_cast<size_t>(n);
+    size_t at = 0;
+    while (have_ - at >= 8) {
+      const size_t size = be32(&input_[at]) + size_t{4};
+      if (size > capacity_) fail("a frame of " + std::to_string(size) + " bytes");
+      if (have_ - at < size) break;
+      take(&input_[at], size);
+      at += size;
+    }
+    have_ -= at;
+    std::memmove(&input_[0], &input_[at], have_);
+    send_fins();
+    refill();
+  }
+
+ private:
+  static constexpr size_t kFins = 4096;  // in one send at most
+  static constexpr size_t kFinSize = sizeof "FIN 0123456789abcdef\n" - 1;
+
+  void take(const char* frame, size_t size) {  // size, type, then for a message: timestamp, attempts, id, body
+    const uint32_t type = be32(frame + 4);
+    if (type == 2) {
+      ++messages;
+      if (latencies != nullptr) {
+        int64_t sent;
+        std::memcpy(&sent, frame + 34, sizeof sent);
+        latencies->push_back(static_cast<double>(nanoseconds(Clock::now()) - sent) * 1e-9);
+      }
+      while (fins_.size() < kFins * kFinSize) fins_ += "FIN 0123456789abcdef\n";
+      if (fin_count_ == kFins) send_fins();
+      std::memcpy(&fins_[fin_count_++ * kFinSize + 4], frame + 18, 16);
+    } else if (type == 1) {
+      fail("the daemon answered " + std::string(frame + 8, size - 8));
+    } else if (size == 19 && std::memcmp(frame + 8, "_heartbeat_", 11) == 0) {
+      say("NOP\n");
+    } else {
+      ++responses;
+    }
+  }
+
+  void send_fins() {
+    socket_.write(fins_.data(), fin_count_ * kFinSize);
+    fin_count_ = 0;
+  }
+
+  void refill() {
+    if (budget_ == nullptr) return;
+    const uint64_t count = std::min<uint64_t>(window_ - (sent_ - responses), *budget_);
+    *budget_ -= count;
+    sent_ += count;
+    socket_.write(commands_.data(), count * command_size_);
+  }
+
+  Socket socket_;
+  std::unique_ptr<char[]> input_;
+  size_t capacity_, have_ = 0;
+  std::string fins_;  // kFins commands, in which only the ids change
+  size_t fin_count_ = 0;
+  std::string commands_;  // `window_` commands, ready to send
+  size_t command_size_ = 0, window_ = 0;
+  uint64_t sent_ = 0;
+  uint64_t* budget_ = nullptr;
+};
+
+using Clients = std::vector<std::unique_ptr<Client>>;
+
+std::vector<pollfd> pollfds(const Clients& clients) {
+  std::vector<pollfd> fds;
+  for (const auto& client : clients) fds.push_back({client->fd(), POLLIN, 0});
+  return fds;
+}
+
+/// Serves the clients until `done`, which is asked before each turn.
+template <typename Done>
+void drive(const Clients& clients, Done done) {
+  std::vector<pollfd> fds = pollfds(clients);
+  auto last_news = Clock::now();
+  while (!done()) {
+    const int ready = poll(fds.data(), static_cast<nfds_t>(fds.size()), 100);
+    if (interrupted) fail("interrupted");
+    if (ready > 0) last_news = Clock::now();
+    if (seconds_since(last_news) > kStall) fail("nothing came for a long time");
+    for (size_t i = 0; ready > 0 && i < fds.size(); ++i)
+      if (fds[i].revents != 0) clients[i]->serve();
+  }
+}
+
+/// A keep-alive HTTP connection.
+class Http {
+ public:
+  explicit Http(const sockaddr_in& to) {
+    if (!socket_.connect_to(to)) fail_errno("connect (HTTP)");
+  }
+
+  /// One request; returns the answer, head and body. Any status but 200 is a failure.
+  std::string call(const std::string& method, const std::string& path) const {
+    socket_.write(method + " " + path + " HTTP/1.1\r\nHost: bench\r\nContent-Length: 0\r\n\r\n");
+    std::string answer;
+    char part[4096];
+    while (!complete(answer)) {
+      const ssize_t n = recv(socket_.fd, part, sizeof part, 0);
+      if (n <= 0) fail(path + ": no answer");
+      answer.append(part, static_cast<size_t>(n));
+    }
+    if (answer.compare(8, 5, " 200 ") != 0) fail(path + ": " + answer.substr(0, answer.find('\r')));
+    return answer;
+  }
+  void create(const std::string& topic, const Names& channels) const {
+    call("POST", "/topic/create?topic=" + topic);
+    for (const auto& channel : channels) call("POST", "/channel/create?topic=" + topic + "&channel=" + channel);
+  }
+
+ private:
+  static bool complete(const std::string& answer) {
+    const size_t end = answer.find("\r\n\r\n");
+    if (end == std::string::npos) return false;
+    const size_t length = answer.find("Content-Length: ");
+    if (length < end) return answer.size() >= end + 4 + std::strtoul(&answer[length + 16], nullptr, 10);
+    return answer.compare(answer.size() - 5, 5, "0\r\n\r\n") == 0;  // chunked
+  }
+
+  Socket socket_;
+};
+
+// ---- Daemons --------------------------------------------------------------------------------------------------------
+
+/// What is measured: a binary with its flags, or (without one) a running daemon.
+struct Side {
+  std::string binary;
+  Names flags;
+  bool is_nsqd = false;  // gets the --mem-queue-size that suits each scenario
+  sockaddr_in tcp{}, http{};
+  pid_t pid = 0;  // 0: not known, so neither memory nor CPU time
+};
+
+/// A free port below the ephemeral ones: a connect to one of those could meet itself while the daemon starts.
+int free_port() {
+  static int next = 20000 + static_cast<int>(getpid() % 10000);
+  for (int tries = 0; tries < 10000; ++tries) {
+    next = next >= 32000 ? 20000 : next + 1;
+    const sockaddr_in address = parse_address("127.0.0.1:" + std::to_string(next));
+    if (bind(Socket().fd, reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0) return next;
+  }
+  fail("no free port");
+}
+
+/// A running daemon. One that was started here is killed, and its data removed, with the object.
+class Daemon {
+ public:
+  sockaddr_in tcp, http;
+  pid_t pid;
+  double start_seconds = 0;  // from exec to the first answer over TCP
+
+  Daemon(const Side& side, long mem_queue_size) : tcp(side.tcp), http(side.http), pid(side.pid), binary_(side.binary) {
+    if (!own()) return;
+    const char* parent = std::getenv("TMPDIR");
+    data_ = std::string(parent != nullptr ? parent : "/tmp") + "/nsqd-bench-XXXXXX";
+    if (mkdtemp(&data_[0]) == nullptr) fail_errno(data_);
+    const std::string tcp_text = "127.0.0.1:" + std::to_string(free_port());
+    const std::string http_text = "127.0.0.1:" + std::to_string(free_port());
+    tcp = parse_address(tcp_text);
+    http = parse_address(http_text);
+    flags_ = {"--tcp-address=" + tcp_text, "--http-address=" + http_text, "--data-path=" + data_, "--log-level=fatal"};
+    if (side.is_nsqd && mem_queue_size > 0) flags_.push_back("--mem-queue-size=" + std::to_string(mem_queue_size));
+    flags_.insert(flags_.end(), side.flags.begin(), side.flags.end());
+    try {
+      start();
+    } catch (...) {
+      end();
+      throw;
+    }
+  }
+  Daemon(const Daemon&) = delete;
+  Daemon& operator=(const Daemon&) = delete;
+  ~Daemon() { end(); }
+
+  bool own() const { return !binary_.empty(); }
+
+  /// Starts the binary and waits until it answers.
+  void start() {
+    std::vector<char*> argv{&binary_[0]};
+    for (std::string& flag : flags_) argv.push_back(&flag[0]);
+    argv.push_back(nullptr);
+    const auto begin = Clock::now();
+    pid = fork();
+    if (pid < 0) fail_errno("fork");
+    if (pid == 0) {
+      execv(binary_.c_str(), argv.data());
+      std::perror(binary_.c_str());
+      _exit(127);
+    }
+    while (!Socket().connect_to(tcp)) {
+      if (exited()) fail(binary_ + " did not start");
+      if (seconds_since(begin) > kStall) fail(binary_ + " does not listen");
+      sleep_for(100e-6);
+    }
+    Client(tcp, kSmallInput, "", "").await(1);
+    start_seconds = seconds_since(begin);
+  }
+
+  /// Seconds from SIGTERM to the exit; a daemon that takes half a minute is killed.
+  double stop() {
+    const auto begin = Clock::now();
+    kill(pid, SIGTERM);
+    while (!exited()) {
+      if (seconds_since(begin) > 30) kill(pid, SIGKILL);
+      std::this_thread::sleep_for(std::chrono::microseconds(200));
+    }
+    return seconds_since(begin);
+  }
+
+ private:
+  bool exited() {
+    if (waitpid(pid, nullptr, WNOHANG) != pid) return false;
+    pid = 0;
+    return true;
+  }
+  void end() {
+    if (!own()) return;
+    if (pid > 0) kill(pid, SIGKILL);
+    if (pid > 0) waitpid(pid, nullptr, 0);
+    const auto remove = [](const char* path, const struct stat*, int, FTW*) { return std::remove(path); };
+    nftw(data_.c_str(), remove, 16, FTW_DEPTH | FTW_PHYS);
+  }
+
+  std::string binary_, data_;
+  Names flags_;
+};
+
+/// CPU seconds that a process has used so far, in all its threads; to the nanosecond, unlike /proc/PID/stat.
+double cpu_seconds(pid_t pid) {
+  clockid_t clock;
+  timespec time{};
+  if (pid == 0 || clock_getcpuclockid(pid, &clock) != 0 || clock_gettime(clock, &time) != 0) return 0;
+  return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_nsec) * 1e-9;
+}
+
+/// Bytes that a process has in memory: all, or only what no file stands behind. 0 where /proc does not tell.
+struct Memory {
+  double anonymous = 0, resident = 0;
+
+  explicit Memory(pid_t pid) {
+    FILE* file = std::fopen(("/proc/" + std::to_string(pid) + "/status").c_str(), "r");
+    if (file == nullptr) return;
+    for (char line[256]; std::fgets(line, sizeof line, file) != nullptr;) {
+      if (std::strncmp(line, "RssAnon:", 8) == 0) anonymous = std::atof(line + 8) * 1024;
+      if (std::strncmp(line, "VmRSS:", 6) == 0) resident = std::atof(line + 6) * 1024;
+    }
+    std::fclose(file);
+  }
+};
+
+// ---- Loads ----------------------------------------------------------------------------------------------------------
+
+/// One scenario in one round on one side: the daemon, and where the figures go.
+struct Run {
+  Daemon& daemon;
+  double scale;
+  std::function<void(const std::string& figure, double value, const char* unit)> add;
+  Names topics;  // made by this run
+
+  uint64_t scaled(double messages) const {  // in whole batches
+    return std::max<uint64_t>(1, static_cast<uint64_t>(messages * scale / kBatch)) * kBatch;
+  }
+  std::string unique_name() {
+    topics.push_back("bench_" + std::to_string(getpid()) + "_" + std::to_string(nanoseconds(Clock::now())));
+    return topics.back();
+  }
+  /// A new topic with these channels: all are there before anything is measured.
+  std::string topic(const Names& channels) {
+    const std::string name = unique_name();
+    Http(daemon.http).create(name, channels);
+    return name;
+  }
+  /// For a daemon that goes on running.
+  void delete_topics() const {
+    const Http http(daemon.http);
+    for (const auto& name : topics) http.call("POST", "/topic/delete?topic=" + name);
+  }
+};
+
+struct Result {
+  double per_second, cpu_per_million;
+};
+
+std::string publish_command(const std::string& topic, size_t batch) {
+  const std::string message = be32_text(kBody) + std::string(kBody, 'x');
+  if (batch == 1) return "PUB " + topic + "\n" + message;
+  std::string command = "MPUB " + topic + "\n" + be32_text(4 + batch * message.size()) + be32_text(batch);
+  for (size_t i = 0; i < batch; ++i) command += message;
+  return command;
+}
+std::string sub_command(const std::string& topic, const std::string& channel) {
+  return "SUB " + topic + " " + channel + "\n";
+}
+
+void connect_producers(const Run& run, int count, Clients& clients) {
+  for (int i = 0; i < count; ++i) {
+    clients.push_back(std::make_unique<Client>(run.daemon.tcp, kBigInput, "", ""));
+    clients.back()->await(1);
+  }
+}
+
+/// Publishes up to `messages` for up to `seconds`: commands of `batch` messages, `window` outstanding on each of 4
+/// connections.
+Result publish(Run& run, const std::string& topic, size_t batch, size_t window, uint64_t messages, double seconds) {
+  Clients clients;
+  connect_producers(run, 4, clients);
+  const uint64_t commands = messages / batch;
+  uint64_t budget = commands, answered = 0;
+  const double cpu = cpu_seconds(run.daemon.pid);
+  const auto start = Clock::now();
+  for (const auto& client : clients) client->produce(publish_command(topic, batch), window, &budget);
+  drive(clients, [&] {
+    answered = 0;
+    for (const auto& client : clients) answered += client->responses;
+    return answered == commands || seconds_since(start) > seconds;
+  });
+  const double count = static_cast<double>(answered * batch), elapsed = seconds_since(start);
+  return {count / elapsed, (cpu_seconds(run.daemon.pid) - cpu) / count * 1e6};
+}
+
+/// Consumes `messages` from each channel, publishing them at the same time if there are producers, else from a backlog.
+/// The clock stops at 99 %, as nsqd's output buffer may hold the very last for 250 ms; but all of them must come.
+Result flow(Run& run, const std::string& topic, int producers, const Names& channels, int consumers_each,
+            uint64_t messages) {
+  Clients clients;
+  for (const auto& channel : channels)
+    for (int i = 0; i < consumers_each; ++i) {
+      clients.push_back(std::make_unique<Client>(run.daemon.tcp, kBigInput, "", sub_command(topic, channel)));
+      clients.back()->await(2);
+    }
+  const size_t consumers = clients.size();
+  connect_producers(run, producers, clients);
+
+  const uint64_t total = messages * channels.size();
+  uint64_t budget = messages / kBatch, received = 0;
+  const auto have = [&](uint64_t wanted) {
+    received = 0;
+    for (size_t i = 0; i < consumers; ++i) received += clients[i]->messages;
+    return received >= wanted;
+  };
+  const double cpu = cpu_seconds(run.daemon.pid);
+  const auto start = Clock::now();
+  for (size_t i = 0; i < consumers; ++i) clients[i]->say("RDY 2500\n");  // nsqd's --max-rdy-count
+  for (size_t i = consumers; i < clients.size(); ++i) clients[i]->produce(publish_command(topic, kBatch), 1, &budget);
+  drive(clients, [&] { return have(total - total / 100); });
+  const double rate = static_cast<double>(received) / seconds_since(start);
+  drive(clients, [&] { return have(total); });
+  return {rate, (cpu_seconds(run.daemon.pid) - cpu) / static_cast<double>(total) * 1e6};
+}
+
+/// Fills a new topic and waits until its channel "c" holds it all: nsqd acknowledges first and moves messages later.
+std::string backlog(Run& run, uint64_t messages, Result* fill = nullptr) {
+  const std::string topic = run.topic({"c"});
+  const Result result = publish(run, topic, kBatch, 1, messages, 1e9);
+  if (fill != nullptr) *fill = result;
+  const Http http(run.daemon.http);
+  for (const auto start = Clock::now(); seconds_since(start) < kStall; sleep_for(0.01)) {
+    const std::string stats = http.call("GET", "/stats?format=json&include_clients=false&topic=" + topic);
+    const size_t channel = stats.find("\"channel_name\":\"c\"");
+    const size_t depth = channel == std::string::npos ? channel : stats.find("\"depth\":", channel);
+    if (depth != std::string::npos && std::strtoull(&stats[depth + 8], nullptr, 10) >= messages) return topic;
+  }
+  fail("the channel does not get its messages");
+}
+
+/// Publishes 5,000 messages per second and consumes them with RDY 100; returns the seconds from when each should have
+/// been sent until it was received, sorted. A late send counts, too: nothing is omitted.
+std::vector<double> latency(Run& run, const std::string& settings, double seconds) {
+  const std::string topic = run.topic({"c"});
+  const auto total = static_cast<uint64_t>(5000 * seconds);
+  std::vector<double> samples;
+  samples.reserve(total);
+  Clients consumers;
+  consumers.push_back(std::make_unique<Client>(run.daemon.tcp, kBigInput, settings, sub_command(topic, "c")));
+  consumers[0]->await(2);
+  consumers[0]->latencies = &samples;
+  consumers[0]->say("RDY 100\n");
+
+  const auto produce = [&] {
+#ifdef __linux__
+    prctl(PR_SET_TIMERSLACK, 1UL);  // else a sleep may take 50 us too long
+#endif
+    Clients producers;
+    connect_producers(run, 1, producers);
+    std::string command = publish_command(topic, 1);
+    auto due = Clock::now();
+    for (uint64_t i = 0; i < total && !interrupted; ++i) {
+      due += std::chrono::microseconds(200);
+      const int64_t stamp = nanoseconds(due);
+      std::memcpy(&command[command.size() - kBody], &stamp, sizeof stamp);
+      std::this_thread::sleep_until(due);
+      producers[0]->say(command);
+      producers[0]->serve();
+    }
+    drive(producers, [&] { return producers[0]->responses == total; });
+  };
+  auto producer = std::async(std::launch::async, produce);
+  drive(consumers, [&] { return samples.size() == total; });
+  producer.get();
+  std::sort(samples.begin(), samples.end());
+  return samples;
+}
+
+double microseconds_at(const std::vector<double>& sorted, double quantile) {
+  return sorted[static_cast<size_t>(quantile * static_cast<double>(sorted.size()))] * 1e6;
+}
+
+constexpr char kUnbuffered[] = ",\"output_buffer_size\":-1";
+constexpr size_t kIdleWindow = 4;  // seconds over which idle CPU is measured, after as many of settling
+
+/// Consumers that get nothing, on a topic of their own; a thread answers their heartbeats.
+/// Heartbeats come every 30 s by default, so a short window after the connects would see none. Therefore 4 of 30
+/// clients ask for their first one within the window, evenly spread: as many as an average window sees.
+class IdleConsumers {
+ public:
+  IdleConsumers(Run& run, size_t count) {
+    const std::string sub = sub_command(run.topic({"c"}), "c") + "RDY 1\n";
+    const size_t early = std::max<size_t>(1, count * kIdleWindow / 30);
+    for (size_t i = 0, waiting = 0; i < count; ++i) {
+      const size_t interval = i < early ? kIdleWindow * 1000 * (early + i) / early : 30000;
+      const std::string settings = ",\"heartbeat_interval\":" + std::to_string(interval);
+      clients_.push_back(std::make_unique<Client>(run.daemon.tcp, kSmallInput, settings, sub));
+      if (i + 1 - waiting == 200 || i + 1 == count)  // many at once: a turn of a poll loop costs with each connection
+        for (; waiting <= i; ++waiting) clients_[waiting]->await(2);
+    }
+    answering_ = std::async(std::launch::async, [this] { answer(); });
+  }
+  ~IdleConsumers() { stop_ = true; }
+
+  /// Ends the answering. Throws if any of them was lost meanwhile.
+  void finish() {
+    stop_ = true;
+    answering_.get();
+  }
+
+ private:
+  void answer() {
+    for (std::vector<pollfd> fds = pollfds(clients_); !stop_; sleep_for(0.2)) {
+      poll(fds.data(), static_cast<nfds_t>(fds.size()), 0);
+      for (size_t i = 0; i < fds.size(); ++i)
+        if (fds[i].revents != 0) clients_[i]->serve();
+    }
+  }
+
+  Clients clients_;
+  std::atomic<bool> stop_{false};
+  std::future<void> answering_;  // its destructor waits
+};
+
+/// CPU time in percent of one core.
+double idle_cpu(const Run& run) {
+  sleep_for(kIdleWindow);
+  const double before = cpu_seconds(run.daemon.pid);
+  const auto start = Clock::now();
+  sleep_for(kIdleWindow);
+  return (cpu_seconds(run.daemon.pid) - before) / seconds_since(start) * 100;
+}
+
+// ---- Scenarios ------------------------------------------------------------------------------------------------------
+
+void add_rate(Run& run, const char* figure, const Result& result) { run.add(figure, result.per_second, "msg/s"); }
+void add_cpu(Run& run, const Result& result) {
+  if (run.daemon.pid != 0) run.add("daemon's CPU per million", result.cpu_per_million, "s");
+}
+void add_memory(Run& run, const std::string& what, const Memory& before, double count) {
+  if (run.daemon.pid == 0) return;
+  const Memory now(run.daemon.pid);
+  run.add(what + ", anonymous memory each", (now.anonymous - before.anonymous) / count, "B");
+  run.add(what + ", resident memory each", (now.resident - before.resident) / count, "B");
+}
+
+void publish_batches(Run& run) {
+  const Result result = publish(run, run.topic({}), kBatch, 1, run.scaled(4e6), run.scale);
+  add_rate(run, "MPUB of 200, 4 connections", result);
+  add_cpu(run, result);
+}
+
+void publish_window(Run& run) {
+  add_rate(run, "PUB, 4 connections, 100 outstanding",
+           publish(run, run.topic({}), 1, 100, run.scaled(4e6), run.scale));
+}
+
+void publish_strict(Run& run) {
+  add_rate(run, "PUB, 4 connections, request and response",
+           publish(run, run.topic({}), 1, 1, run.scaled(4e6), run.scale));
+}
+
+void consume(Run& run) {
+  const uint64_t messages = run.scaled(1e6);
+  const Result result = flow(run, backlog(run, messages), 0, {"c"}, 4, messages);
+  add_rate(run, "backlog of 1 M, 4 consumers, RDY 2500", result);
+  add_cpu(run, result);
+}
+
+void publish_and_consume(Run& run) {
+  add_rate(run, "MPUB of 200 and consume, 2 and 2 connections",
+           flow(run, run.topic({"c"}), 2, {"c"}, 2, run.scaled(2e6)));
+}
+
+void fan_out(Run& run) {
+  Names channels;
+  const auto measure = [&](size_t count, double messages, const char* figure) {
+    while (channels.size() < count) channels.push_back("c" + std::to_string(channels.size()));
+    add_rate(run, figure, flow(run, run.topic(channels), 2, channels, 1, run.scaled(messages)));
+  };
+  measure(1, 1e6, "to 1 channel, deliveries");
+  measure(4, 5e5, "to 4 channels, deliveries");
+  measure(16, 2e5, "to 16 channels, deliveries");
+}
+
+void latencies(Run& run) {
+  const auto measure = [&](const std::string& label, const std::string& settings) {
+    const auto samples = latency(run, settings, 3 * run.scale);
+    run.add("5,000 msg/s, " + label + ", p50", microseconds_at(samples, 0.5), "us");
+    run.add("5,000 msg/s, " + label + ", p99", microseconds_at(samples, 0.99), "us");
+    run.add("5,000 msg/s, " + label + ", p99.9", microseconds_at(samples, 0.999), "us");
+  };
+  measure("default settings", "");
+  measure("no output buffer", kUnbuffered);
+}
+
+void idle_1000(Run& run) {
+  run.topic({"c"});
+  const Memory before(run.daemon.pid);
+  IdleConsumers idle(run, 1000);
+  const double cpu = idle_cpu(run);
+  add_memory(run, "1,000 consumers", before, 1000);
+  if (run.daemon.pid != 0) run.add("1,000 consumers, CPU", cpu, "%");
+  idle.finish();
+}
+
+void idle_10000(Run& run) {
+  rlimit files{};
+  getrlimit(RLIMIT_NOFILE, &files);
+  if (files.rlim_cur < 10200) fail("needs 10,200 file descriptors: see ulimit -n");
+  const auto pair_rate = [&] { return flow(run, run.topic({"c"}), 1, {"c"}, 1, run.scaled(1e6)); };
+  const auto pair_latency = [&] { return microseconds_at(latency(run, kUnbuffered, run.scale), 0.5); };
+  const Result alone = pair_rate();
+  add_rate(run, "a working pair alone", alone);
+  run.add("5,000 msg/s alone, p50", pair_latency(), "us");
+  IdleConsumers idle(run, 10000);
+  const Result beside = pair_rate();
+  add_rate(run, "the pair beside 10,000 idle consumers", beside);
+  run.add("the pair's rate, beside over alone", beside.per_second / alone.per_second, "x");
+  run.add("5,000 msg/s beside the idle, p50", pair_latency(), "us");
+  idle.finish();
+}
+
+void backlog_of_a_million(Run& run) {
+  const uint64_t messages = run.scaled(1e6);
+  run.topic({"c"});
+  const Memory before(run.daemon.pid);
+  Result fill{};
+  const std::string topic = backlog(run, messages, &fill);
+  add_memory(run, "1 M messages", before, static_cast<double>(messages));
+  add_rate(run, "fill, MPUB of 200, 4 connections", fill);
+  add_rate(run, "drain, 4 consumers", flow(run, topic, 0, {"c"}, 4, messages));
+}
+
+void thousand_topics(Run& run) {
+  run.topic({"c"});
+  const Memory before(run.daemon.pid);
+  const Http http(run.daemon.http);
+  const auto start = Clock::now();
+  for (int i = 0; i < 1000; ++i) http.create(run.unique_name(), {"c"});
+  run.add("creates over HTTP, topics and channels", 2000 / seconds_since(start), "/s");
+  if (run.daemon.pid != 0) run.add("1,000 topics with a channel, CPU", idle_cpu(run), "%");
+  add_memory(run, "1,000 topics", before, 1000);
+}
+
+void start_and_stop(Run& run) {
+  if (!run.daemon.own()) return;
+  run.add("start: exec to an answer over TCP", run.daemon.start_seconds * 1e3, "ms");
+  backlog(run, run.scaled(1e6));
+  run.add("SIGTERM to exit, backlog of 1 M", run.daemon.stop() * 1e3, "ms");
+  run.daemon.start();
+  run.add("start with a backlog of 1 M", run.daemon.start_seconds * 1e3, "ms");
+}
+
+struct Scenario {
+  const char* word;
+  long nsqd_queue;  // --mem-queue-size for an nsqd, which reserves that much in each topic and channel; 0: its default
+  void (*run)(Run&);
+};
+constexpr Scenario kScenarios[] = {
+    {"publish-batch", 100000000, publish_batches}, {"publish-window", 100000000, publish_window},
+    {"publish-strict", 100000000, publish_strict}, {"consume", 100000000, consume},
+    {"both", 100000000, publish_and_consume},      {"fan-out", 10000000, fan_out},
+    {"latency", 100000000, latencies},             {"idle-1000", 0, idle_1000},
+    {"idle-10000", 10000000, idle_10000},          {"backlog", 10000000, backlog_of_a_million},
+    {"topics", 0, thousand_topics},                {"start", 10000000, start_and_stop},
+};
+
+// ---- Report ---------------------------------------------------------------------------------------------------------
+
+struct Figure {
+  std::string scenario, name, unit;
+  std::vector<double> values[2];  // by side, one for each round
+
+  double median(size_t side) const {
+    std::vector<double> sorted = values[side];
+    if (sorted.empty()) return 0;
+    std::sort(sorted.begin(), sorted.end());
+    return (sorted[(sorted.size() - 1) / 2] + sorted[sorted.size() / 2]) / 2;
+  }
+  double ratio() const { return median(1) > 0 ? median(0) / median(1) : 0; }
+};
+
+/// Three significant digits: 5.91 M, 870 k, 125, 0.0291.
+std::string rounded(double value) {
+  const char* prefix = value >= 999500 ? " M" : value >= 9995 ? " k" : "";
+  value /= value >= 999500 ? 1e6 : value >= 9995 ? 1e3 : 1;
+  char text[64];
+  std::snprintf(text, sizeof text, value >= 99.95 ? "%.0f%s" : "%.3g%s", value, prefix);
+  return text;
+}
+
+void print_table(const std::vector<Figure>& figures, bool two_sides) {
+  std::printf("%-15s %-45s %-5s %9s", "scenario", "figure", "unit", two_sides ? "this" : "median");
+  std::printf(two_sides ? " %9s  %s\n" : "\n", "other", "this/other");
+  for (const Figure& f : figures) {
+    std::printf("%-15s %-45s %-5s %9s", f.scenario.c_str(), f.name.c_str(), f.unit.c_str(),
+                rounded(f.median(0)).c_str());
+    if (two_sides) std::printf(" %9s %9.3g", rounded(f.median(1)).c_str(), f.ratio());
+    std::printf("\n");
+  }
+}
+
+void print_json(const Figure& f, bool two_sides) {
+  const auto list = [](const std::vector<double>& values) {
+    std::string text;
+    for (const double value : values) text += (text.empty() ? "" : ",") + std::to_string(value);
+    return "[" + text + "]";
+  };
+  std::printf("{\"scenario\":\"%s\",\"figure\":\"%s\",\"unit\":\"%s\",\"value\":%f,\"rounds\":%s", f.scenario.c_str(),
+              f.name.c_str(), f.unit.c_str(), f.median(0), list(f.values[0]).c_str());
+  if (two_sides)
+    std::printf(",\"other\":%f,\"other_rounds\":%s,\"ratio\":%f", f.median(1), list(f.values[1]).c_str(), f.ratio());
+  std::printf("}\n");
+}
+
+void progress(const std::string& text) {  // on a terminal one line, written over and over
+  const bool terminal = isatty(2) == 1;
+  std::fprintf(stderr, "%s%s%s", terminal ? "\r\033[K" : "", text.c_str(), terminal || text.empty() ? "" : "\n");
+}
+
+// ---- Command line ---------------------------------------------------------------------------------------------------
+
+constexpr char kUsage[] =
+    "bench [options] [-- flags of the daemon]\n"
+    "  --bin PATH               the daemon to start (default: nsqd beside this program)\n"
+    "  --nsqd                   it is nsqd: choose its --mem-queue-size for each scenario\n"
+    "  --tcp ADDR --http ADDR   use this running daemon instead; --pid PID: for its memory and CPU time\n"
+    "  --versus PATH \"FLAGS\"    compare with another binary, alternating; --versus-nsqd PATH: with an nsqd\n"
+    "  --only WORD              only scenarios whose name contains it\n"
+    "  --rounds N               medians of N rounds (default 3)\n"
+    "  --scale X                X times as many messages or seconds\n"
+    "  --json                   a line of JSON for each figure instead of the table\n";
+
+struct Settings {
+  Side sides[2];
+  size_t side_count = 1;
+  std::string only;
+  int rounds = 3;
+  double scale = 1;
+  bool json = false, help = false;
+};
+
+std::string binary_beside_this() {
+  char path[PATH_MAX];
+  const ssize_t n = readlink("/proc/self/exe", path, sizeof path);
+  if (n <= 0) return "./nsqd";
+  const std::string self(path, static_cast<size_t>(n));
+  return self.substr(0, self.rfind('/')) + "/nsqd";
+}
+
+Names words(const std::string& text) {
+  Names list;
+  for (size_t at = 0, end; (at = text.find_first_not_of(' ', at)) != std::string::npos; at = end)
+    list.push_back(text.substr(at, (end = std::min(text.find(' ', at), text.size())) - at));
+  return list;
+}
+
+Settings parse(int argc, char** argv) {
+  Settings settings;
+  Side &mine = settings.sides[0], &other = settings.sides[1];
+  std::string tcp, http;
+  int i = 1;
+  const auto value = [&] {
+    if (i + 1 >= argc) fail("a value is missing after " + std::string(argv[i]));
+    return std::string(argv[++i]);
+  };
+  for (; i < argc; ++i) {
+    const std::string option = argv[i];
+    if (option == "--help") settings.help = true;
+    else if (option == "--json") settings.json = true;
+    else if (option == "--nsqd") mine.is_nsqd = true;
+    else if (option == "--bin") mine.binary = value();
+    else if (option == "--tcp") tcp = value();
+    else if (option == "--http") http = value();
+    else if (option == "--pid") mine.pid = std::atoi(value().c_str());
+    else if (option == "--only") settings.only = value();
+    else if (option == "--rounds") settings.rounds = std::max(1, std::atoi(value().c_str()));
+    else if (option == "--scale") settings.scale = std::max(0.001, std::atof(value().c_str()));
+    else if (option == "--versus") other.binary = value(), other.flags = words(value());
+    else if (option == "--versus-nsqd") other.binary = value(), other.is_nsqd = true;
+    else if (option == "--") mine.flags.assign(argv + i + 1, argv + argc), i = argc;
+    else fail("unknown option " + option + "; see bench --help");
+  }
+  if (!other.binary.empty()) settings.side_count = 2;
+  if (tcp.empty() != http.empty()) fail("--tcp and --http go together");
+  if (!tcp.empty()) mine.tcp = parse_address(tcp), mine.http = parse_address(http), mine.binary.clear();
+  else if (mine.binary.empty()) mine.binary = binary_beside_this();
+  for (const Side& side : settings.sides)
+    if (!side.binary.empty() && access(side.binary.c_str(), X_OK) != 0) fail_errno(side.binary);
+  return settings;
+}
+
+/// One round of one scenario on one side; its figures are added to `figures`.
+void run_once(const Scenario& scenario, const Settings& settings, size_t side, std::vector<Figure>& figures) {
+  Daemon daemon(settings.sides[side], scenario.nsqd_queue);
+  Run run{daemon, settings.scale, nullptr, {}};
+  run.add = [&](const std::string& name, double value, const char* unit) {
+    auto figure = std::find_if(figures.begin(), figures.end(),
+                               [&](const Figure& f) { return f.scenario == scenario.word && f.name == name; });
+    if (figure == figures.end()) figure = figures.insert(figures.end(), Figure{scenario.word, name, unit, {}});
+    figure->values[side].push_back(value);
+  };
+  scenario.run(run);
+  if (!daemon.own()) run.delete_topics();
+}
+
+/// Runs the scenarios, the sides of each in turn. Returns how many failed, which is told and does not stop the others.
+int run_all(const Settings& settings) {
+  std::vector<Figure> figures;
+  int failures = 0;
+  for (const Scenario& scenario : kScenarios) {
+    if (interrupted || std::strstr(scenario.word, settings.only.c_str()) == nullptr) continue;
+    try {
+      for (int round = 1; round <= settings.rounds; ++round)
+        for (size_t side = 0; side < settings.side_count; ++side) {
+          const char* name = settings.side_count == 1 ? "" : side == 0 ? ", this" : ", other";
+          progress(std::string(scenario.word) + ", round " + std::to_string(round) + " of " +
+                   std::to_string(settings.rounds) + name);
+          run_once(scenario, settings, side, figures);
+        }
+    } catch (const std::exception& error) {
+      progress("");
+      std::fprintf(stderr, "%s: %s\n", scenario.word, error.what());
+      ++failures;
+    }
+  }
+  progress("");
+  if (!settings.json) print_table(figures, settings.side_count == 2);
+  for (const Figure& figure : figures)
+    if (settings.json) print_json(figure, settings.side_count == 2);
+  return failures;
+}
+
+}  // namespace bench
+}  // namespace
+
+/// argv[0] is the word "bench" (or the program); the options follow. Returns the exit status.
+int bench_main(int argc, char** argv) {
+  try {
+    const bench::Settings settings = bench::parse(argc, argv);
+    if (settings.help) return std::fputs(bench::kUsage, stdout) < 0;
+    for (const int number : {SIGINT, SIGTERM}) std::signal(number, [](int) { bench::interrupted = 1; });
+    rlimit files{};
+    getrlimit(RLIMIT_NOFILE, &files);
+    files.rlim_cur = files.rlim_max;  // for the daemons, too: they inherit it
+    setrlimit(RLIMIT_NOFILE, &files);
+    return bench::run_all(settings) == 0 ? 0 : 1;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "bench: %s\n", error.what());
+    return 2;
+  }
+}
+
+// =====================================================================================================================
 // main
 // =====================================================================================================================
 
 int main(int argc, char** argv) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  if (argc > 1 && std::strcmp(argv[1], "bench") == 0) return bench_main(argc - 1, argv + 1);
   const char* program = std::getenv("NSQD_BIN");
   const std::filesystem::path beside = std::filesystem::absolute(argv[0]).parent_path() / "nsqd";
   g_program = program != nullptr ? std::filesystem::absolute(program).string() : beside.string();
