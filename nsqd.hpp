@@ -1144,6 +1144,16 @@ class MappedFile {
     storage.new_names = true;
     return {};
   }
+  /// Makes a file of what was memory.
+  Status move_to(const std::string& path, Storage& storage) {
+    MappedFile made(path, size_);
+    Status status = made.create(storage);
+    if (!status.ok()) return status;
+    std::memcpy(made.data_, data_, size_);
+    path_.swap(made.path_);
+    std::swap(data_, made.data_);
+    return status;
+  }
   /// To be called with each change that a sync has to cover.
   void touch(Storage& storage) {
     if (epoch_ == storage.epoch || anonymous()) return;
@@ -1247,7 +1257,7 @@ class Segment {
   uint32_t count = 0;              // records that are part of it
   uint32_t deferred_records = 0;   // how many of them were published with a delay
   bool sealed = false;
-  int channels = 0;                // that have not finished with it
+  int pins = 0;                    // keep it for a moment more
   int cursors = 0;                 // that are in it
   std::vector<uint32_t> damaged = {};  // records that recovery found broken; no channel ever gets them
 
@@ -1374,7 +1384,9 @@ class Segment {
 };
 
 /// What one channel has done with each message of one segment, 16 bits each behind the header: 0 never delivered, n
-/// delivered n times (65534: or more often), 65535 finished. FIN is one store.
+/// delivered n times (65534: or more often), 65535 finished. FIN is one store. A channel makes them when it gets to the
+/// segment, and removes them when it has finished all of it, but never the latest ones that it has: so to a channel, the
+/// segments behind its latest states are all waiting, and those before them that have none are finished.
 /// Always: entries at or above the segment's count are 0.
 class States {
  public:
@@ -1382,8 +1394,7 @@ class States {
   static constexpr std::string_view kMagic = "nsqd-sta";
   static size_t size_for(const Segment& segment) { return kFileHeader + size_t{segment.capacity()} * 2; }
 
-  States(std::string path, Segment& of) : file(std::move(path), size_for(of)), segment(&of) { ++segment->channels; }
-  ~States() { --segment->channels; }
+  States(std::string path, Segment& of) : file(std::move(path), size_for(of)), segment(&of) {}
   States(const States&) = delete;
   States& operator=(const States&) = delete;
 
@@ -1521,8 +1532,8 @@ class Spares {
 /// Always: at most the last one is not sealed; a segment that no channel needs any more is gone.
 class Log {
  public:
-  /// `prepare` makes what the channels need of a new segment before it counts; `wind_up` hears of one that was sealed.
-  Log(Storage& storage, Spares& spares, std::string topic, bool kept, std::function<Status(Segment&)> prepare, std::function<void(Segment&)> wind_up)
+  /// `prepare` is given each new segment before it counts, `wind_up` each one that was sealed.
+  Log(Storage& storage, Spares& spares, std::string topic, bool kept, std::function<void(Segment&)> prepare, std::function<void(Segment&)> wind_up)
       : storage_(storage), spares_(spares), topic_(std::move(topic)), kept_(kept && !storage.directory.empty()), prepare_(std::move(prepare)), wind_up_(std::move(wind_up)) {}
 
   std::deque<std::unique_ptr<Segment>> segments;
@@ -1530,6 +1541,12 @@ class Log {
   uint64_t end() const { return end_; }  // number of the next message
   bool kept() const { return kept_; }    // in files
   Segment* tail() const { return segments.empty() || segments.back()->sealed ? nullptr : segments.back().get(); }
+
+  /// The segment of a message, or the next one that there is.
+  Segment* at(uint64_t number) const {
+    const auto found = std::lower_bound(segments.begin(), segments.end(), number, [](const auto& segment, uint64_t n) { return segment->end() <= n; });
+    return found == segments.end() ? nullptr : found->get();
+  }
 
   std::string path(std::string_view channel, uint64_t first, std::string_view kind) const {
     if (!kept_) return {};
@@ -1585,15 +1602,19 @@ class Log {
     if (next == nullptr) {
       next = std::make_unique<Segment>(name, wanted, end_);
       status = next->file.create(storage_);
+      if (!status.ok()) {  // the spare ones hold space, too
+        spares_.remove_all();
+        status = next->file.create(storage_);
+      }
     }
     if (status.ok()) next->begin(end_);
     if (status.ok() && next->file.path() != name) status = next->file.rename(name, storage_);
-    if (status.ok()) status = prepare_(*next);
     storage_.full = status.error;
     if (!status.ok()) {
       next->file.remove();
       return status;
     }
+    prepare_(*next);
     Segment* last = tail();
     segments.push_back(std::move(next));
     if (last != nullptr) {
@@ -1612,7 +1633,7 @@ class Log {
   Spares& spares_;
   std::string topic_;
   bool kept_;
-  std::function<Status(Segment&)> prepare_;
+  std::function<void(Segment&)> prepare_;
   std::function<void(Segment&)> wind_up_;
   uint64_t end_ = 0;
 };
@@ -1896,6 +1917,8 @@ class Broker {
   std::map<std::string, std::unique_ptr<Topic>, std::less<>> topics;
   uint64_t deletions = 0;         // of topics: what a session remembers of one holds until this rises
   bool serving = true;            // false: nothing is delivered any more
+  uint64_t metadata_version = 1;    // rises with each topic and channel that comes or goes
+  uint64_t metadata_persisted = 0;  // the version that nsqd.dat has
   bool metadata_changed = false;  // nsqd.dat is behind
   bool metadata_awaited = false;  // and somebody waits for it
   /// Told of each topic (channel null) and channel that comes or goes.
@@ -1953,16 +1976,16 @@ class Topic {
   void pump();
   void cool();
   void release_if_done(Segment& segment);
+  void release_done();
   void retire_drained_tail();
   void load(std::vector<std::unique_ptr<Segment>> segments);
   void hand_over_imported();
-  void complete_states();
   /// Hands over what was stored and not handed over yet, or stops doing so: to be called when flows() may have changed.
   void update_flow();
 
  private:
-  Status prepare(Segment& segment);
-  void wind_up(Segment& segment);
+  void prepare(Segment& segment);
+  void wind_up(Segment& segment, bool drained);
   void mark_segments();
   void distribute();
   uint64_t distributed_ = 0;
@@ -1981,7 +2004,7 @@ struct Place {
 class Channel {
  public:
   Channel(Topic& of, std::string channel_name)
-      : topic(of), name(std::move(channel_name)), ephemeral(is_ephemeral(name)), bounded(ephemeral || !of.log.kept()), broker_(of.broker),
+      : topic(of), name(std::move(channel_name)), ephemeral(is_ephemeral(name)), bounded(ephemeral || !of.log.kept()), since(of.broker.metadata_version + 1), broker_(of.broker),
         cursor_(of.distributed()), counted_from_(cursor_), deferred_timer_(broker_.timers, [this] { release_due(); }),
         due_book_(bounded ? std::string() : text(broker_.storage.directory, "/", of.name, ":", name, ".due")),
         near_first_(topology_aware(broker_.options)) {
@@ -1996,6 +2019,7 @@ class Channel {
   const bool bounded;   // in memory only, so it forgets what is above --mem-queue-size
   bool paused = false;
   bool listed = false;  // among its topic's hungry ones
+  const uint64_t since;  // the version of the metadata that has it
   std::vector<std::unique_ptr<Consumer>> consumers;  // with a client
   uint64_t requeue_count = 0, timeout_count = 0;
   uint64_t zone_local_count = 0, region_local_count = 0, global_count = 0;
@@ -2010,9 +2034,9 @@ class Channel {
   /// Of the depth, what lies in segments that are not mapped.
   int64_t backend_depth() const {
     int64_t unmapped = 0;
-    for (const auto& [first, states] : states_) {
-      const uint64_t end = std::min(states->segment->end(), topic.distributed()), begin = std::max(first, cursor_);
-      if (!states->segment->file.mapped() && end > begin) unmapped += static_cast<int64_t>(end - begin);
+    for (const auto& segment : topic.log.segments) {
+      const uint64_t end = std::min(segment->end(), topic.distributed()), begin = std::max(segment->first, cursor_);
+      if (!segment->file.mapped() && end > begin && needs(*segment)) unmapped += static_cast<int64_t>(end - begin);
     }
     return std::clamp<int64_t>(unmapped, 0, std::max<int64_t>(0, depth()));
   }
@@ -2118,7 +2142,9 @@ class Channel {
     deferred_timer_.set(kNever);
     due_book_.clear();
     for (auto& [first, states] : states_) states->held = 0;
+    if (!topic.log.segments.empty() && states_of(*topic.log.segments.back()) == nullptr) begin_states(*topic.log.segments.back());
     skip_to_end(0);
+    topic.release_done();
     for (auto& consumer : consumers) consider(*consumer);
   }
 
@@ -2136,13 +2162,8 @@ class Channel {
     leave();
     if (!remove_files) return;
     due_book_.remove();
-    std::vector<Segment*> segments;
-    for (auto& [first, states] : states_) {
-      segments.push_back(states->segment);
-      states->file.remove();
-    }
+    for (auto& [first, states] : states_) states->file.remove();
     states_.clear();
-    for (Segment* segment : segments) topic.release_if_done(*segment);
   }
 
   // ---- for the topic ---------------------------------------------------------------------------------------------------
@@ -2168,6 +2189,7 @@ class Channel {
   /// Drops the newest messages above the bound, behind what the ready consumers took.
   void trim() {
     int64_t excess = depth() - broker_.options.mem_queue_size;
+    if (excess > 0 && !topic.log.segments.empty()) reach(*topic.log.segments.back());
     for (auto it = states_.rbegin(); it != states_.rend() && excess > 0; ++it) {
       States& states = *it->second;
       if (!open({&states, 0}).ok()) return;
@@ -2184,8 +2206,9 @@ class Channel {
 
   /// Takes over a message that was published with a delay.
   void defer(uint64_t number, int64_t due_wall) {
-    const auto found = std::prev(states_.upper_bound(number));
-    push_deferred({found->second.get(), static_cast<uint32_t>(number - found->first)}, steady(due_wall));
+    Segment* segment = topic.log.at(number);
+    reach(*segment);
+    push_deferred({states_of(*segment), static_cast<uint32_t>(number - segment->first)}, steady(due_wall));
     if (number >= cursor_) ++aside_;
   }
 
@@ -2194,9 +2217,21 @@ class Channel {
     return found == states_.end() ? nullptr : found->second.get();
   }
   void adopt_states(std::unique_ptr<States> states) { states_[states->segment->first] = std::move(states); }
-  void remove_states(const Segment& segment) {
-    if (States* states = states_of(segment)) states->file.remove();
-    states_.erase(segment.first);
+  /// Whether there is, or will be, something for this channel in a segment. See States.
+  bool needs(const Segment& segment) const {
+    return states_.empty() || segment.first > states_.rbegin()->first || states_.count(segment.first) > 0;
+  }
+  /// The same for a segment that is about to be the last one.
+  void reach_new(Segment& segment) {
+    if (!topic.log.segments.empty()) reach(*topic.log.segments.back());
+    begin_states(segment);
+  }
+  /// Makes the states of all segments up to this one, in order.
+  void reach(Segment& segment) {
+    States* latest = states_.empty() ? nullptr : states_.rbegin()->second.get();
+    for (auto& each : topic.log.segments)
+      if (each->first <= segment.first && (latest == nullptr || each->first > latest->segment->first)) begin_states(*each);
+    if (latest != nullptr && latest->segment->sealed && latest->finished == latest->segment->count) retire(*latest, false);
   }
   Status add_states(Segment& segment, uint32_t finished_below) {
     auto states = std::make_unique<States>(bounded ? std::string() : topic.log.path(name, segment.first, ".state"), segment);
@@ -2210,14 +2245,15 @@ class Channel {
     return status;
   }
 
-  /// A sealed segment whose messages are all finished is not needed any more.
-  void segment_sealed(Segment& segment) {
+  /// A sealed segment whose messages are all finished is not needed any more. `drained`: there is none behind it, either.
+  void segment_sealed(Segment& segment, bool drained) {
     States* states = states_of(segment);
-    if (states != nullptr && states->finished == segment.count) drop(*states);
+    if (states != nullptr && states->finished == segment.count) retire(*states, drained);
   }
 
   /// The topic was emptied of what it had not handed over yet.
   void skip_undistributed(uint64_t from) {
+    reach(*topic.log.segments.back());
     skip_to_end(from);
     counted_from_ += topic.distributed() - from;
   }
@@ -2236,26 +2272,34 @@ class Channel {
     bool found = false;
     uint64_t expected = 0;
     counted_from_ = cursor_ = topic.distributed();
-    for (auto& [first, states] : states_) {
-      Segment& segment = *states->segment;
-      if (!open({states.get(), 0}).ok()) throw std::runtime_error(text("cannot map ", states->file.path(), " and its segment"));
-      if (found) aside_ += static_cast<int64_t>(first - expected);
+    for (auto& each : topic.log.segments) {
+      Segment& segment = *each;
+      if (!needs(segment)) continue;
+      if (segment.deferred_records > 0 || !segment.damaged.empty()) reach(segment);
+      if (found) aside_ += static_cast<int64_t>(segment.first - expected);
       expected = segment.end();
+      const auto handed = static_cast<uint32_t>(std::clamp(topic.distributed(), segment.first, segment.end()) - segment.first);
+      States* states = states_of(segment);
+      if (states == nullptr) {  // it did not get there yet: all of it waits
+        if (!found && handed > 0) cursor_ = segment.first;
+        found = found || handed > 0;
+        continue;
+      }
+      if (!open({states, 0}).ok()) throw std::runtime_error(text("cannot map ", states->file.path(), " and its segment"));
       states->clean_up();
-      const auto handed = static_cast<uint32_t>(std::clamp(topic.distributed(), first, segment.end()) - first);
       for (uint32_t i = 0; i < handed; ++i) {
         const uint16_t state = states->get(i);
         const bool waiting = state == 0 && !segment.deferred(i);
-        if (waiting && !found) cursor_ = first + i;
+        if (waiting && !found) cursor_ = segment.first + i;
         found = found || waiting;
         if (waiting) continue;
         if (found) ++aside_;
-        if (state != States::kFinished) take_up({states.get(), i}, due);
+        if (state != States::kFinished) take_up({states, i}, due);
       }
-      if (segment.sealed && states->finished == segment.count) done.push_back(states.get());
+      if (segment.sealed && states->finished == segment.count) done.push_back(states);
       if (states->held == 0) states->file.close();
     }
-    for (States* states : done) drop(*states);
+    for (States* states : done) retire(*states, false);
   }
 
  private:
@@ -2414,15 +2458,16 @@ class Channel {
 
   /// Takes the cursor into the segment of its number, or of the next one that there is.
   bool enter_next() {
-    auto next = states_.upper_bound(cursor_);
-    if (next != states_.begin() && std::prev(next)->second->segment->end() > cursor_) --next;
-    if (next == states_.end()) return false;
+    Segment* next = topic.log.at(cursor_);
+    while (next != nullptr && !needs(*next)) next = topic.log.at(next->end());
+    if (next == nullptr) return false;
     if (next->first > cursor_) {  // what lay between is gone
       aside_ -= static_cast<int64_t>(next->first - cursor_);
       cursor_ = next->first;
     }
     leave();
-    at_ = next->second.get();
+    reach(*next);
+    at_ = states_of(*next);
     ++at_->segment->cursors;
     return true;
   }
@@ -2521,13 +2566,33 @@ class Channel {
     states.file.touch(broker_.storage);
     ++broker_.storage.operations;
     if (++states.finished < states.segment->count) return;
-    if (states.segment->sealed) drop(states);
+    if (states.segment->sealed) retire(states, false);
     else if (states.segment->file.size() > kWarmSegment) topic.retire_drained_tail();
   }
 
-  /// This channel needs the segment no more.
-  void drop(States& states) {
+  /// Makes the states of a segment; in memory where the disk is full, so that consumers go on: then a restart delivers again.
+  void begin_states(Segment& segment) {
+    Status status = add_states(segment, 0);
+    if (!status.ok()) {
+      broker_.spares.remove_all();
+      status = add_states(segment, 0);
+    }
+    if (status.ok()) return;
+    broker_.logger.say(Level::kError, "CHANNEL(", name, "): what it finishes would be delivered again after a restart - ", status.error);
+    auto states = std::make_unique<States>(std::string(), segment);
+    if (!states->file.create(broker_.storage).ok()) throw std::bad_alloc();
+    for (uint32_t i : segment.damaged) states->finish(i, i + 1);
+    adopt_states(std::move(states));
+  }
+
+  /// This channel needs the segment no more. The latest states stay until there are later ones, unless all is drained; where
+  /// the disk is so full that those cannot be made, the space of this segment is given back first.
+  void retire(States& states, bool drained) {
     Segment& segment = *states.segment;
+    const bool latest = !drained && states_.rbegin()->first == segment.first;
+    Segment* next = latest ? topic.log.at(segment.end()) : nullptr;
+    if (latest && next == nullptr) return;
+    const bool begun = !latest || add_states(*next, 0).ok();
     if (cursor_ >= segment.first && cursor_ < segment.end()) {
       aside_ -= static_cast<int64_t>(segment.end() - cursor_);
       cursor_ = segment.end();
@@ -2536,6 +2601,18 @@ class Channel {
     states.file.remove();
     states_.erase(segment.first);
     topic.release_if_done(segment);
+    if (!begun) begin_states(*next);
+    keep_states();
+  }
+
+  /// There is room again, perhaps: for the states that had to be begun in memory.
+  void keep_states() {
+    for (auto& [first, states] : states_) {
+      if (bounded || !states->file.anonymous()) continue;
+      if (!states->file.move_to(topic.log.path(name, first, ".state"), broker_.storage).ok()) return;
+      FileHeader::write(states->file, States::kMagic, first, states->segment->capacity());
+      states->file.touch(broker_.storage);
+    }
   }
 
   /// Finishes all messages in [from, distributed).
@@ -2556,7 +2633,7 @@ class Channel {
     } else {
       aside_ += static_cast<int64_t>(end - from);
     }
-    for (States* states : done) drop(*states);
+    for (States* states : done) retire(*states, false);
     broker_.cool_later(topic);
   }
 
@@ -2581,7 +2658,8 @@ class Channel {
 
 inline Topic::Topic(Broker& of, std::string topic_name)
     : broker(of), name(std::move(topic_name)), ephemeral(is_ephemeral(name)),
-      log(of.storage, of.spares, name, !ephemeral, [this](Segment& segment) { return prepare(segment); }, [this](Segment& segment) { wind_up(segment); }) {}
+      log(of.storage, of.spares, name, !ephemeral, 
+          [this](Segment& segment) { prepare(segment); }, [this](Segment& segment) { wind_up(segment, false); }) {}
 
 inline Status Topic::publish(const std::string_view* bodies, size_t count, int64_t delay) {
   const Now& now = broker.now;
@@ -2619,19 +2697,17 @@ inline void Topic::distribute() {
   broker.touch(*this);
 }
 
-inline Status Topic::prepare(Segment& segment) {
+/// Where nsqd.dat does not know a channel yet, its states tell the next start of it.
+inline void Topic::prepare(Segment& segment) {
   segment.set_mark(flows() ? Segment::kFollows : 0, broker.storage);
-  Status status;
-  for (auto channel = channels.begin(); channel != channels.end() && status.ok(); ++channel) status = channel->second->add_states(segment, 0);
-  if (!status.ok())
-    for (auto& [channel_name, channel] : channels) channel->remove_states(segment);
-  return status;
+  for (auto& [channel_name, channel] : channels)
+    if (channel->since > broker.metadata_persisted && !channel->bounded) channel->reach_new(segment);
 }
 
-inline void Topic::wind_up(Segment& segment) {
-  ++segment.channels;  // so that it is still there when the last of them lets go
-  for (auto& [channel_name, channel] : channels) channel->segment_sealed(segment);
-  --segment.channels;
+inline void Topic::wind_up(Segment& segment, bool drained) {
+  ++segment.pins;  // so that it is still there when the last of them lets go
+  for (auto& [channel_name, channel] : channels) channel->segment_sealed(segment, drained);
+  --segment.pins;
   release_if_done(segment);
   broker.cool_later(*this);
 }
@@ -2644,13 +2720,14 @@ inline Channel* Topic::find(std::string_view channel) {
 inline Channel* Topic::channel(std::string_view channel_name, Status& status) {
   if (Channel* found = find(channel_name)) return found;
   auto made = std::make_unique<Channel>(*this, std::string(channel_name));
-  for (auto& segment : log.segments) {
-    if (segment->end() <= distributed_ && segment.get() != log.tail()) continue;
+  if (!log.segments.empty()) {  // it begins in the segment of the first message that it gets, or in the last one
+    Segment* segment = log.at(distributed_) != nullptr ? log.at(distributed_) : log.segments.back().get();
     status = made->add_states(*segment, static_cast<uint32_t>(std::clamp(distributed_, segment->first, segment->end()) - segment->first));
-    if (status.ok()) continue;
-    for (auto& other : log.segments) made->remove_states(*other);
-    broker.storage.full = status.error;
-    return nullptr;
+    if (!status.ok()) {
+      broker.storage.full = status.error;
+      made->close(true);
+      return nullptr;
+    }
   }
   broker.logger.say(Level::kInfo, "TOPIC(", name, "): new channel(", channel_name, ")");
   Channel& channel = *channels.emplace(channel_name, std::move(made)).first->second;
@@ -2665,6 +2742,7 @@ inline void Topic::delete_channel(Channel& channel) {
   channels.erase(channel.name);
   gone->close(true);
   update_flow();
+  release_done();
   broker.changed(*this, gone.get(), false);
   gone.reset();
   if (ephemeral && channels.empty()) broker.delete_topic(*this);
@@ -2708,13 +2786,18 @@ inline void Topic::empty() {
   if (from == distributed_) return;
   for (auto& [channel_name, channel] : channels) channel->skip_undistributed(from);
   mark_segments();
-  std::vector<Segment*> done;
-  for (auto& segment : log.segments) done.push_back(segment.get());
-  for (Segment* segment : done) release_if_done(*segment);
+  release_done();
 }
 
 inline void Topic::release_if_done(Segment& segment) {
-  if (segment.channels == 0 && segment.sealed && segment.end() <= distributed_) log.release(segment);
+  const auto needed = [&segment](const auto& entry) { return entry.second->needs(segment); };
+  if (segment.pins == 0 && segment.sealed && segment.end() <= distributed_ && std::none_of(channels.begin(), channels.end(), needed)) log.release(segment);
+}
+
+inline void Topic::release_done() {
+  std::vector<Segment*> all;
+  for (auto& segment : log.segments) all.push_back(segment.get());
+  for (Segment* segment : all) release_if_done(*segment);
 }
 
 /// When the last segment is a large one and every channel has finished all of it, its space is given back, too.
@@ -2723,10 +2806,10 @@ inline void Topic::retire_drained_tail() {
   if (tail == nullptr || tail->end() > distributed_) return;
   for (auto& [channel_name, channel] : channels) {
     const States* states = channel->states_of(*tail);
-    if (states != nullptr && states->finished < tail->count) return;
+    if (states == nullptr || states->finished < tail->count) return;
   }
   tail->sealed = true;
-  wind_up(*tail);
+  wind_up(*tail, true);
 }
 
 inline void Topic::close(bool remove_files) {
@@ -2779,18 +2862,6 @@ inline void Topic::hand_over_imported() {
   if (!flows()) mark_segments();
 }
 
-inline void Topic::complete_states() {
-  for (auto& segment : log.segments) {
-    if (segment->end() <= distributed_ && segment.get() != log.tail()) continue;
-    for (auto& [channel_name, channel] : channels) {
-      if (channel->states_of(*segment) != nullptr) continue;
-      const auto finished = static_cast<uint32_t>(std::clamp(distributed_, segment->first, segment->end()) - segment->first);
-      const Status status = channel->add_states(*segment, finished);
-      if (!status.ok()) throw std::runtime_error(text("failed to make the files of a channel - ", status.error));
-    }
-  }
-}
-
 // ---- Broker ----------------------------------------------------------------------------------------------------------
 
 inline Topic* Broker::find(std::string_view topic) {
@@ -2818,6 +2889,7 @@ inline void Broker::delete_topic(Topic& topic) {
 
 inline void Broker::changed(const Topic& topic, const Channel* channel, bool created) {
   if (!topic.ephemeral && !(channel != nullptr && channel->ephemeral)) metadata_changed = true;
+  ++metadata_version;
   if (on_change) on_change(topic, channel, created);
 }
 
@@ -3044,16 +3116,13 @@ class Recovery {
   }
 
   void finish(Topic& topic) {
-    topic.complete_states();
     for (auto& [name, channel] : topic.channels) {
       const auto book = due_books_.find(topic.name + ":" + name);
       channel->resume(book == due_books_.end() ? 0 : file_size(book->second));
       if (early_channels_.count(topic.name + ":" + name) > 0) broker_.changed(topic, channel.get(), true);
     }
     topic.update_flow();
-    std::vector<Segment*> segments;
-    for (auto& segment : topic.log.segments) segments.push_back(segment.get());
-    for (Segment* segment : segments) topic.release_if_done(*segment);
+    topic.release_done();
     for (auto& segment : topic.log.segments) segment->file.close();
   }
 
@@ -3141,10 +3210,10 @@ class Recovery {
     if (!status.ok()) throw std::runtime_error(text("failed to take over the queue of an earlier nsqd - ", status.error));
     topic.log.commit();
     if (channel == nullptr) return;
-    const Segment& tail = *topic.log.tail();
+    Segment& tail = *topic.log.tail();
     for (auto& [name, other] : topic.channels) {
+      other->reach(tail);
       States* states = other->states_of(tail);
-      if (states == nullptr) continue;
       const auto mine = std::min(attempts, States::kMost);
       states->set(tail.count - 1, other.get() == channel ? mine : States::kFinished);
       states->file.touch(broker_.storage);
@@ -6335,6 +6404,7 @@ class Engine {
     Recovery(broker_).run();
     const Status status = replace_file(data_path(), "nsqd.dat", metadata_to_write());
     if (!status.ok()) throw std::runtime_error(text("failed to persist metadata - ", status.error, " (--data-path must be a directory that can be written to)"));
+    broker_.metadata_persisted = broker_.metadata_version;
   }
 
   // ---- the loop's thread -----------------------------------------------------------------------------------------------
@@ -6358,13 +6428,13 @@ class Engine {
     if (broker_.metadata_awaited) {
       Status status;
       worker_->run_and_wait([&status, json = metadata_to_write(), path = data_path()] { status = replace_file(path, "nsqd.dat", json); });
-      note_metadata(status);
+      note_metadata(status, broker_.metadata_version);
     } else if (broker_.metadata_changed && !writing_metadata_) {
       writing_metadata_ = true;
-      worker_->post([this, json = metadata_to_write(), path = data_path()] {
-        loop_.post([this, status = replace_file(path, "nsqd.dat", json)] {
+      worker_->post([this, json = metadata_to_write(), path = data_path(), version = broker_.metadata_version] {
+        loop_.post([this, status = replace_file(path, "nsqd.dat", json), version] {
           writing_metadata_ = false;
-          note_metadata(status);
+          note_metadata(status, version);
         });
       });
     }
@@ -6378,13 +6448,15 @@ class Engine {
     broker_.metadata_changed = broker_.metadata_awaited = false;
     return broker_.metadata().json();
   }
-  void note_metadata(const Status& status) const {
-    if (!status.ok()) logger_.say(Level::kError, "failed to persist metadata - ", status.error);
+  void note_metadata(const Status& status, uint64_t version) {
+    if (status.ok()) broker_.metadata_persisted = version;
+    else logger_.say(Level::kError, "failed to persist metadata - ", status.error);
   }
 
-  static Status sync_files(const std::vector<std::string>& paths, const std::string& directory) {
+  /// Gives up when the daemon ends: what is not synced then is no more than what a power cut might have taken before.
+  Status sync_files(const std::vector<std::string>& paths, const std::string& directory) const {
     Status status;
-    for (auto path = paths.begin(); path != paths.end() && status.ok(); ++path) status = sync_path(*path);
+    for (auto path = paths.begin(); path != paths.end() && status.ok() && !over_; ++path) status = sync_path(*path);
     return status.ok() && !directory.empty() ? sync_path(directory) : status;
   }
   /// What has to be synced now; what is touched from here on belongs to the next time.
@@ -6425,6 +6497,7 @@ class Engine {
 
   /// Listeners, clients, metadata, topics, subsystems: the order in which nsqd ends.
   void finish() {
+    over_ = true;
     loop_.close_listeners("TCP");
     loop_.each_session([](Session& session) {
       auto* local = dynamic_cast<LocalConsumer*>(&session);
@@ -6434,7 +6507,7 @@ class Engine {
     });
     loop_.close_connections();
     loop_.close_listeners("HTTP");
-    if (!options_.mem_only) worker_->run_and_wait([this, json = metadata_to_write()] { note_metadata(replace_file(data_path(), "nsqd.dat", json)); });
+    if (!options_.mem_only) worker_->run_and_wait([this, json = metadata_to_write()] { note_metadata(replace_file(data_path(), "nsqd.dat", json), broker_.metadata_version); });
     logger_.say(Level::kInfo, "NSQ: closing topics");
     broker_.close();
     if (!options_.lookupd_tcp_address.empty()) logger_.say(Level::kInfo, "LOOKUP: closing");
@@ -6470,6 +6543,7 @@ class Engine {
   Timer sync_timer_, statsd_timer_;
   int tcp_port_ = 0, http_port_ = 0;
   bool ending_ = false;
+  std::atomic<bool> over_{false};  // for the worker: do not begin another fsync
   int64_t next_sync_ = 0;  // not before that time
   bool writing_metadata_ = false, syncing_ = false, sync_due_ = false;
   std::vector<std::function<void()>> after_turn_;

@@ -2404,6 +2404,11 @@ TEST(files_of_a_later_version_are_refused_and_left_as_they_are) {
 
 TEST(a_damaged_state_file_never_costs_a_message_its_body) {
   const Stored stored = store_messages();
+  {
+    Local d(stored.folder);
+    d->subscribe("t", "c").next(5s);  // the channel gets to the segment, and so to states of it
+    d->stop();
+  }
   const Strings states = files(stored.folder, ".state");
   CHECK_EQ(states.size(), 1U);
   const std::string whole = read_file(stored.folder + "/" + states[0]);
