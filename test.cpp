@@ -1634,6 +1634,20 @@ TEST(a_requeued_message_comes_back_at_once_or_when_asked) {
   CHECK_EQ(channel_count(d, "t", "c", "requeue_count"), 2);
 }
 
+TEST(a_requeue_is_cut_to_the_longest_that_is_allowed_and_a_deferred_publish_refused) {
+  Process d({"--max-req-timeout=300ms"});
+  Client consumer(d), publisher(d);
+  consumer.sub("t", "c");
+  publisher.pub("t", "x");
+  const Message message = consumer.message();
+  const auto start = Clock::now();
+  consumer.req(message, 100000000);
+  CHECK_EQ(consumer.message().attempts, 2);
+  CHECK(ms_since(start) >= 295);
+  publisher.command("DPUB t 301", "x");
+  publisher.expect_error("E_INVALID DPUB timeout 301 out of range 0-300");
+}
+
 TEST(a_deferred_message_comes_when_it_is_due_and_not_before) {
   Process d;
   Client consumer(d), publisher(d);
@@ -1870,6 +1884,29 @@ TEST(bad_requests_are_refused_and_stop_nobody) {
   CHECK_EQ(topic_count(d, "t", "message_count") <= 0, true);
 }
 
+TEST(the_stats_are_a_text_for_people_and_metrics_for_machines) {
+  Process d({"--e2e-processing-latency-percentile=0.99"});
+  Client consumer(d), publisher(d);
+  consumer.identify("{\"client_id\":\"me\",\"hostname\":\"here\",\"user_agent\":\"test/1\"}");
+  consumer.sub("t", "c", 2);
+  publisher.mpub("t", {"a", "b", "c"});
+  consumer.fin(consumer.message());
+  EVENTUALLY(channel_count(d, "t", "c", "depth") == 0);
+  const std::string text = get(d, "/stats");
+  for (const char* part : {"\n   [t              ] depth: 0     be-depth: 0     msgs: 3        e2e%: ",
+                           "\n      [c                        ] depth: 0 ", "\n        [V2 here:", " test/1",
+                           "state: 3 inflt: 2    rdy: 2    fin: 1 ", "topics: t=3"}) {
+    CHECK_HAS(text, part);
+  }
+  const std::string metrics = get(d, "/metrics");
+  for (const char* line : {"# TYPE nsqd_topic_messages_total counter\n", "\nnsqd_topic_messages_total{topic=\"t\"} 3\n",
+                           "\nnsqd_channel_in_flight{topic=\"t\",channel=\"c\"} 2\n", "\nnsqd_healthy 1\n"}) {
+    CHECK_HAS(metrics, line);
+  }
+  CHECK_HAS(http(d, "GET", "/", "", "Accept: text/html\r\n").body, "<html");
+  CHECK_EQ(http(d, "GET", "/").status, 404);
+}
+
 TEST(topics_and_channels_are_managed_over_http) {
   Process d;
   const std::string both = "?topic=t&channel=c";
@@ -1901,10 +1938,11 @@ TEST(what_clients_call_themselves_cannot_break_the_json) {
   Process d;
   Client client(d);
   client.identify(
-      "{\"client_id\":\"a\\\"b\\\\\",\"hostname\":\"<script>\",\"user_agent\":\"x\\r\\ny\\u0000\xc3\x28\"}");
+      "{\"client_id\":\"a\\\"b\\\\\",\"hostname\":\"<script>\\ud83d\\ude00\",\"user_agent\":"
+      "\"x\\r\\ny\\u0000\xc3\x28\"}");
   client.sub("t", "c", 0);
   const std::string stats = get(d, "/stats?format=json");
-  CHECK_HAS(stats, "\"client_id\":\"a\\\"b\\\\\",\"hostname\":\"\\u003cscript\\u003e\"");
+  CHECK_HAS(stats, "\"client_id\":\"a\\\"b\\\\\",\"hostname\":\"\\u003cscript\\u003e\xf0\x9f\x98\x80\"");
   CHECK_EQ(stats.find('\r'), std::string::npos);
   CHECK_EQ(stats.find('\0'), std::string::npos);
 }
@@ -2084,6 +2122,20 @@ TEST(a_log_of_many_segments_is_whole_after_a_kill_and_gone_when_consumed) {
   EVENTUALLY(files(d.data_path, "t:").size() <= 3);
   d.restart();
   CHECK_EQ(channel_count(d, "t", "c", "depth"), 0);
+}
+
+TEST(a_segment_that_is_used_again_shows_nothing_of_its_past) {
+  Process d({"--max-bytes-per-file=262144"});
+  create_channel(d, "t", "c");
+  for (int round = 0; round < 6; round++) {
+    const Strings first = numbered("first" + std::to_string(round) + std::string(200, '.'), 0, 4000);
+    Client(d).mpub("t", first);
+    CHECK_EQ(bodies_of(drain(d, "t", "c")), first);
+    const Strings second = numbered("second" + std::to_string(round), 0, 100 * round);
+    if (round > 0) Client(d).mpub("t", second);
+    d.restart(round % 2 == 0 ? SIGTERM : SIGKILL);
+    CHECK_EQ(bodies_of(drain(d, "t", "c")), second);
+  }
 }
 
 TEST(one_message_that_is_never_finished_holds_only_its_own_segment) {
@@ -2745,6 +2797,36 @@ TEST(a_queue_of_several_files_a_metadata_file_that_is_behind_and_a_torn_record_a
   CHECK_EQ(channel_count(d, "t", "c", "depth"), 0);
 }
 
+TEST(a_disk_queue_that_belongs_to_nothing_stays_and_one_without_its_metadata_is_taken_whole) {
+  const std::string data = folder("data"), records = disk_records("m", 0, 5);
+  for (const char* queue : {"t#ephemeral", "not valid", "t:c", "t:d"}) {
+    write_file(data + "/" + queue + ".diskqueue.000000.dat", records);
+    if (queue != std::string("t:c")) write_metadata(data, queue, 5, 0, 0, records.size());
+  }
+  write_file(data + "/t:d.diskqueue.meta.dat", "five\n0\n");
+  Process d;
+  for (const char* name : {"t#ephemeral", "not valid", "t:c", "t:d"}) CHECK_HAS(d.log(), name);
+  CHECK_EQ(files(data, "diskqueue").size(), 4U);
+  check_imported(drain(d, "t", "c"), "m", 0, 5);
+  check_imported(drain(d, "t", "d"), "m", 0, 5);
+}
+
+TEST(an_import_into_a_segment_whose_states_were_never_made_loses_nothing) {
+  const std::string data = folder("data");
+  write_nsqd_dat(data);
+  {
+    Process d;
+    Client(d).pub("t", "first");
+    d.kill9();
+  }
+  for (const auto& state : files(data, ".state")) write_file(data + "/" + state, "");  // killed before it had any bytes
+  const std::string records = disk_records("m", 0, 1000);
+  write_file(data + "/t:c.diskqueue.000000.dat", records);
+  write_metadata(data, "t:c", 1000, 0, 0, records.size());
+  Process d;
+  CHECK_EQ(drain(d, "t", "c").size(), 1001U);
+}
+
 TEST(an_import_that_is_killed_loses_nothing_and_starts_again) {
   const std::string data = folder("data");
   write_nsqd_dat(data);
@@ -2947,6 +3029,26 @@ TEST(when_descriptors_run_out_the_present_clients_go_on_and_new_ones_wait) {
   late.expect("OK");
   EVENTUALLY(get(d, "/ping") == "OK");
   CHECK_EQ(drain(d, "t", "c").size(), 52U);
+}
+
+TEST(when_memory_runs_out_a_connection_dies_and_not_the_daemon) {
+  const Strings flags{"--max-msg-size=50000000", "--max-body-size=60000000"};
+  {
+    Process probe(flags);
+    needs_memory_figures(probe);
+  }
+  Process d(flags, folder("data"), {{RLIMIT_AS, 400000000}});
+  Client present(d);
+  present.pub("t", "x");
+  std::vector<Client> greedy;
+  for (int i = 0; i < 16; i++) {
+    greedy.emplace_back(d);
+    greedy.back().try_send("PUB t\n" + be32(50000000) + std::string(40000000, 'x'), patience());
+  }
+  present.pub("t", "y");
+  greedy.clear();
+  EVENTUALLY(d.log().find("out of memory") != std::string::npos);
+  CHECK_EQ(drain(d, "t", "c").size(), 2U);
 }
 
 TEST(junk_on_either_port_kills_nothing) {
@@ -3161,7 +3263,7 @@ TEST(what_a_publisher_does_wrong_is_an_exception_that_harms_nothing) {
   CHECK_THROWS(std::invalid_argument, d->create_topic("a/b"));
   CHECK_THROWS(std::invalid_argument, d->create_channel("t", ""));
   CHECK_THROWS(std::invalid_argument, d->subscribe("t", "a b"));
-  CHECK(!d->delete_topic("u") && !d->empty_channel("u", "c") && !d->pause_topic("u"));
+  CHECK(!d->empty_topic("u") && !d->delete_topic("u") && !d->empty_channel("u", "c") && !d->pause_topic("u"));
   d->publish("t", "good");
   CHECK_EQ(d->stats().topics.at(0).message_count, 1U);
   d->stop();
@@ -3192,8 +3294,10 @@ TEST(a_subscription_requeues_touches_times_out_and_gives_back) {
   CHECK(other.next(patience()) && other.next(patience()));
   CHECK(ms_since(start) < 1000);
   d->publish_deferred("t", "c", 200ms);
-  nsqd::Subscription moved = std::move(other);
+  nsqd::Subscription moved = std::move(other), assigned = d->subscribe("t", "another");
   CHECK(!moved.next(10ms));
+  assigned = std::move(moved);
+  CHECK_EQ(d->stats().topics.at(0).channels.at(1).in_flight_count, 2);
 }
 
 TEST(a_subscription_ends_when_the_daemon_stops_or_its_channel_is_deleted) {
@@ -3459,6 +3563,28 @@ TEST(a_slow_auth_server_holds_up_only_the_one_who_asks_and_keeps_his_order) {
   refused.command("AUTH", "nobody");
   grant(server, "{\"ttl\":1,\"authorizations\":[]}");
   refused.expect_error("E_UNAUTHORIZED AUTH no authorizations found");
+}
+
+TEST(an_auth_server_may_be_asked_by_post_answer_in_chunks_and_fail) {
+  const Listener server;
+  Process d({"--auth-http-address=http://" + server.address() + "/ask", "--auth-http-request-method=post"});
+  Client client(d), unlucky(d);
+  client.command("AUTH", "s\"");
+  Socket question = server.accept();
+  CHECK_EQ(question.take_line(), "POST /ask HTTP/1.1\r\n");
+  while (question.take_line() != "\r\n") continue;
+  const std::string asked =
+      "{\"common_name\":[\"\"],\"remote_ip\":[\"127.0.0.1\"],\"secret\":[\"s\\\"\"],\"tls\":[\"false\"]}";
+  CHECK_EQ(question.take(asked.size()), asked);
+  const std::string json = auth_json(100, ".*", "\"publish\"");
+  char size[24];
+  std::snprintf(size, sizeof size, "%zx\r\n", json.size());
+  question.send("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + (size + json) + "\r\n0\r\n\r\n");
+  CHECK_HAS(client.frame()->data, "\"identity\":\"me\"");
+  client.pub("t", "x");
+  unlucky.command("AUTH", "s");
+  server.accept().send("HTTP/1.1 500 Oh no\r\nContent-Length: 0\r\n\r\n");
+  unlucky.expect_error("E_AUTH_FAILED AUTH failed");
 }
 
 TEST(a_grant_is_asked_for_again_when_its_time_is_over) {
