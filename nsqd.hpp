@@ -5992,7 +5992,7 @@ class Loop {
   }
   /// Out of descriptors: those who are here go on, and the next ones wait in the kernel's queue until there is room.
   void pause_listeners(int why) {
-    if (!listeners_paused_) broker_.logger.say(Level::kWarning, "no more clients for now - ", system_error("accept", "", why).error);
+    if (!listeners_paused_) broker_.logger.say(Level::kWarning, "no more clients until one leaves - ", system_error("accept", "", why).error);
     listeners_paused_ = true;
     for (size_t i = 0; i < listeners_.size(); ++i) fds_[1 + i].events = 0;
     accept_again_.set(broker_.now.steady + kSecond);
