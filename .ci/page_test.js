@@ -60,14 +60,14 @@ async function main() {
   page.on('console', m => { if (m.type() === 'error' && !(away && /Failed to load resource/.test(m.text()))) errors.push(m.text()); });
   page.on('pageerror', e => errors.push(String(e)));
   page.on('request', r => { if (!r.url().startsWith(base) && !r.url().startsWith('data:')) errors.push('request to ' + r.url()); });
-  const row = key => page.locator('tbody', { has: page.locator(`button[aria-label$="${key}"]`) });
+  const row = key => page.locator('tr', { has: page.locator(`button[aria-label$="${key}"]`) });
   const cell = (key, column) => row(key).locator('td.' + column).innerText();
   const toast = text => page.locator('#toast', { hasText: text }).waitFor({ timeout: 5000 }).then(() => true);
 
   const answer = await page.goto(base);
   check('GET / is an HTML page', answer.ok() && /text\/html/.test(answer.headers()['content-type']), answer.headers());
-  await until('an empty daemon says what to try', async () => (await page.locator('#empty').innerText()).includes('/pub?topic=clicks'));
-  await until('version and health are shown', async () => (await page.locator('header').innerText()).includes('healthy'));
+  await until('an empty daemon says what to try', async () => (await page.locator('#none').innerText()).includes('/pub?topic=clicks'));
+  await until('version and health are shown', async () => /version 1\.3\.0.*health OK/.test(await page.locator('header').innerText()) && await page.locator('#problem').isHidden());
 
   await post('pub?topic=clicks', 'one');
   await until('a publish over HTTP shows', async () => await cell('topic clicks', 'depth') === '1');
@@ -78,54 +78,57 @@ async function main() {
 
   await page.getByRole('button', { name: 'Pause channel archive of topic clicks', exact: true }).click();
   await until('pause reaches the daemon', async () => (await topic('clicks')).channels[0].paused);
-  await until('and shows', () => row('channel archive of topic clicks').locator('.badge').isVisible());
+  await until('and shows', () => row('channel archive of topic clicks').getByText('paused').isVisible());
   await page.getByRole('button', { name: 'Unpause channel archive of topic clicks', exact: true }).click();
   await until('unpause reaches the daemon', async () => !(await topic('clicks')).channels[0].paused);
 
-  await page.getByRole('button', { name: 'Publish topic clicks', exact: true }).click();
-  check('the topic is filled in', await page.locator('dialog[open] [name=topic]').inputValue() === 'clicks');
+  await page.getByRole('button', { name: 'Publish to topic clicks', exact: true }).click();
+  check('the dialog names the topic', (await page.locator('dialog[open]').innerText()).includes('Publish to topic clicks'));
   await page.locator('dialog[open] [name=body]').fill('<b>typed</b>');
   await page.locator('dialog[open]').getByRole('button', { name: 'Publish', exact: true }).click();
   await until('the page publishes', async () => (await topic('clicks')).message_count === 5);
-  await until('and says so', async () => (await page.locator('dialog[open] output').innerText()).includes('Published'));
-  await page.keyboard.press('Escape');
+  await until('and says so', () => toast('Publish to topic clicks: done'));
 
-  await page.locator('main > .bar').getByRole('button', { name: 'Create' }).click();
+  await page.getByRole('button', { name: 'Create a topic', exact: true }).click();
+  await page.keyboard.type('no spaces');
+  await page.keyboard.press('Enter');
+  check('a name that is none is refused', await page.locator('dialog[open] :invalid').count() > 0 && !(await topic('no spaces')));
+  await page.keyboard.press('Control+A');
   await page.keyboard.type('orders#ephemeral');
-  await page.keyboard.press('Tab');
+  await page.keyboard.press('Enter');
+  await until('the page creates a topic, by keyboard', () => topic('orders#ephemeral'));
+  await page.getByRole('button', { name: 'Create a channel of topic orders#ephemeral', exact: true }).press('Enter');
   await page.keyboard.type('mail');
   await page.keyboard.press('Enter');
-  await until('the page creates a topic and a channel, by keyboard', async () =>
-    (await topic('orders#ephemeral')).channels[0].channel_name === 'mail');
-  await page.keyboard.press('Escape');
+  await until('and a channel, by keyboard', async () => (await topic('orders#ephemeral')).channels[0].channel_name === 'mail');
 
   await page.getByLabel('Filter by name').fill('ORDERS');
-  await until('the filter narrows', async () => await page.locator('tbody:visible').count() === 2);
+  await until('the filter narrows', async () => await page.locator('tr[id*="/"]:visible').count() === 2);
   await page.getByLabel('Filter by name').fill('');
-  await until('and widens', async () => await page.locator('tbody:visible').count() === 4);
+  await until('and widens', async () => await page.locator('tr[id*="/"]:visible').count() === 4);
 
-  await row('channel archive of topic clicks').locator('.open').click();
-  await until('a row opens to its clients', async () => (await page.locator('ul').innerText()).includes('No client'));
+  await row('channel archive of topic clicks').locator('summary').click();
+  await until('a row opens to its clients', async () => (await row('channel archive of topic clicks').locator('.clients').innerText()).includes('No client'));
   const consumer = net.connect((await (await fetch(api + '/info')).json()).tcp_port, '127.0.0.1');
   const hello = Buffer.from(JSON.stringify({ client_id: '<img src=x onerror=alert(1)>', user_agent: '<i>agent</i>' }));
   const size = Buffer.alloc(4);
   size.writeUInt32BE(hello.length);
   consumer.on('error', () => {});
   consumer.write(Buffer.concat([Buffer.from('  V2IDENTIFY\n'), size, hello, Buffer.from('SUB clicks archive\nRDY 2\n')]));
-  await until('a client is shown as text, not as HTML', async () => (await page.locator('ul').innerText()).includes(
-    '<img src=x onerror=alert(1)>') && await page.locator('ul img, ul i').count() === 0);
+  await until('a client is shown as text, not as HTML', async () => (await row('channel archive of topic clicks').locator('.clients').innerText()).includes(
+    '<img src=x onerror=alert(1)>') && await page.locator('.clients *').count() === 0);
   await until('messages in flight show', async () => await cell('channel archive of topic clicks', 'in_flight_count') === '2');
 
   if (shots) await screenshots(browser, base, post);
 
   await page.getByRole('button', { name: 'Empty channel archive of topic clicks', exact: true }).click();
-  await page.locator('dialog[open]').getByRole('button', { name: 'Empty channel' }).click();
-  await until('emptied after a confirmation', () => toast('Emptied channel archive of topic clicks'));
+  await page.locator('dialog[open]').getByRole('button', { name: 'Empty', exact: true }).click();
+  await until('emptied after a confirmation', () => toast('Empty channel archive of topic clicks: done'));
   consumer.destroy();
 
   const trash = page.getByRole('button', { name: 'Delete channel archive of topic clicks', exact: true });
   await trash.click();
-  check('the confirmation names what goes', (await page.locator('#confirm').innerText()).includes('channel archive of topic clicks'));
+  check('the confirmation names what goes', (await page.locator('dialog[open]').innerText()).includes('channel archive of topic clicks'));
   await page.keyboard.press('Escape');
   check('Escape leaves it', (await topic('clicks')).channels.length === 1);
   await trash.focus();
@@ -138,16 +141,16 @@ async function main() {
   await until('deleted by keyboard, with a confirmation', async () => (await topic('clicks')).channels.length === 0);
   await until('and the row is gone', async () => await row('channel archive of topic clicks').count() === 0);
   await page.getByRole('button', { name: 'Delete topic orders#ephemeral', exact: true }).click();
-  await page.locator('dialog[open]').getByRole('button', { name: 'Delete topic' }).click();
+  await page.locator('dialog[open]').getByRole('button', { name: 'Delete', exact: true }).click();
   await until('a name with # is deleted too', async () => !(await topic('orders#ephemeral')));
 
   await post('pub?topic=stays', 'kept on disk');
   away = true;
   await stop(child);
-  await until('the page says that the daemon is gone', () => page.locator('#gone').isVisible());
+  await until('the page says that the daemon is gone', () => page.locator('#problem').isVisible());
   if (shots) await page.screenshot({ path: path.join(shots, 'gone.png') });
   ({ child } = await daemon(port));
-  await until('it comes back by itself', () => page.locator('#gone').isHidden());
+  await until('it comes back by itself', () => page.locator('#problem').isHidden());
   away = false;
   await until('with what was kept', async () => await cell('topic stays', 'depth') === '1');
   await post('pub?topic=stays', 'more');
@@ -159,8 +162,8 @@ async function main() {
     for (const channel of ['archive', 'mail', 'metrics']) await post(`channel/create?topic=${name}&channel=${channel}`);
     await post(`pub?topic=${name}`, 'x');
   }
-  await until('200 topics with 3 channels each are listed', async () => await page.locator('tbody').count() >= 800);
-  const first = await page.locator('tbody').nth(40).elementHandle();
+  await until('200 topics with 3 channels each are listed', async () => await page.locator('tr').count() >= 800);
+  const first = await page.locator('tr').nth(40).elementHandle();
   const times = await page.evaluate(async () => {
     const times = [];
     for (let i = 0; i < 20; i++) {
@@ -177,7 +180,7 @@ async function main() {
   check('an update takes less than 50 ms', times[10] < 50, times);
   check('rows are updated in place', await first.evaluate(e => e.isConnected));
   await page.getByLabel('Filter by name').fill('load-123/ma');
-  await until('the filter finds one of them', async () => await page.locator('tbody:visible').count() === 2);
+  await until('the filter finds one of them', async () => await page.locator('tr[id*="/"]:visible').count() === 2);
   if (shots) { await page.getByLabel('Filter by name').fill('load'); await page.screenshot({ path: path.join(shots, 'many.png') }); }
   await page.setViewportSize({ width: 400, height: 800 });
   const width = await page.evaluate(() => document.documentElement.scrollWidth);
@@ -194,13 +197,13 @@ async function screenshots(browser, base, post) {
     const page = await browser.newPage({ viewport: { width, height: 900 }, colorScheme });
     await page.goto(base);
     for (let i = 0; i < 8; i++) { await post('mpub?topic=clicks', 'x\n'.repeat(i % 3 * 40 + 5)); await sleep(600); }
-    await page.locator('.open').first().click();
+    await page.locator('summary').first().click();
     await sleep(1500);
     await page.screenshot({ path: path.join(shots, `page-${width}-${colorScheme}.png`) });
     await page.getByRole('button', { name: 'Delete topic clicks', exact: true }).click();
     await page.screenshot({ path: path.join(shots, `confirm-${width}-${colorScheme}.png`) });
     await page.keyboard.press('Escape');
-    await page.getByRole('button', { name: 'Publish topic clicks', exact: true }).click();
+    await page.getByRole('button', { name: 'Publish to topic clicks', exact: true }).click();
     await page.screenshot({ path: path.join(shots, `publish-${width}-${colorScheme}.png`) });
     await page.close();
   }
