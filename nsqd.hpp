@@ -530,10 +530,11 @@ inline void Timers::run(int64_t now) {
 /// A message's id: 16 characters, opaque to everyone but IdSource.
 struct MessageId {
   std::array<char, 16> text;
-  bool operator==(const MessageId& other) const { return std::memcmp(text.data(), other.text.data(), 16) == 0; }
+  bool operator==(const MessageId& other) const { return half(0) == other.half(0) && half(8) == other.half(8); }
   static MessageId from(const char* characters) { return load<MessageId>(characters); }
+  uint64_t half(size_t from) const { return load<uint64_t>(text.data() + from); }
   uint64_t hash() const {  // ids differ in their last characters, which are the highest bits here: fold them down first
-    uint64_t mixed = load<uint64_t>(text.data()) ^ (load<uint64_t>(text.data() + 8) * 0x9E3779B97F4A7C15u);
+    uint64_t mixed = half(0) ^ (half(8) * 0x9E3779B97F4A7C15u);
     mixed = (mixed ^ (mixed >> 32)) * 0xD6E8FEB86659FD93u;
     return mixed >> 32;
   }
@@ -1517,7 +1518,7 @@ class Log {
   }
   /// Takes a segment that is not needed any more out of the log.
   void release(const Segment& segment) {
-    const auto found = std::partition_point(segments.begin(), segments.end(), [&](const auto& s) { return s->first < segment.first; });
+    const auto found = std::find_if(segments.begin(), segments.end(), [&](const auto& s) { return s.get() == &segment; });
     auto released = std::move(*found);
     segments.erase(found);
     spares_.keep(std::move(released));
@@ -1754,24 +1755,24 @@ class HeldMessages {
   Held& operator[](uint32_t slot) { return pool_[slot]; }
   uint32_t end() const { return static_cast<uint32_t>(pool_.size()); }
   size_t used() const { return used_; }
-  size_t in_flight() const { return indexed_; }
+  size_t in_flight() const { return in_flight_; }
 
   /// Makes room for more; says for how many there is room, fewer where the disk is full.
   size_t reserve(size_t more) {
     while (used_ + more > ledger_.slots() && ledger_.grow().ok()) continue;
     more = std::min(more, ledger_.slots() - used_);
-    while ((indexed_ + more + 1) * 2 > table_.size()) grow_table();
+    while ((in_flight_ + more + 1) * 2 > table_.size()) grow_table();
     return more;
   }
   /// Takes a free slot; there must be room.
   uint32_t take() {
-    if (free_ == kNoSlot) add_free(static_cast<uint32_t>(pool_.size()));
+    if (free_ == kNoSlot) add_free();
     ++used_;
     return std::exchange(free_, pool_[free_].next);
   }
   /// After a restart: this one is not free.
   void take(uint32_t slot) {
-    while (pool_.size() < slot) add_free(static_cast<uint32_t>(pool_.size()));
+    while (pool_.size() < slot) add_free();
     pool_.emplace_back();
     ++used_;
   }
@@ -1780,58 +1781,64 @@ class HeldMessages {
     pool_[slot].due = kNever;
     pool_[slot].owner = nullptr;
     pool_[slot].next = std::exchange(free_, slot);
-    if (--used_ > 0 || pool_.size() <= 1024) return;
-    pool_ = {};  // an idle channel holds no memory
+    --used_;
+  }
+  /// A channel that holds nothing needs no memory for it.
+  void shrink() {
+    pool_ = {};
     table_ = {};
     free_ = kNoSlot;
   }
 
   uint32_t find(const MessageId& id) const {
     if (table_.empty()) return kNoSlot;
-    for (size_t at = id.hash() & mask();; at = (at + 1) & mask())
-      if (table_[at] == kNoSlot || pool_[table_[at]].id == id) return table_[at];
+    const auto hash = static_cast<uint32_t>(id.hash());
+    for (size_t at = hash & mask();; at = (at + 1) & mask())
+      if (table_[at].slot == kNoSlot || (table_[at].hash == hash && pool_[table_[at].slot].id == id)) return table_[at].slot;
   }
   void enter(uint32_t slot, const MessageId& id) {
     pool_[slot].id = id;
     pool_[slot].in_flight = true;
-    ++indexed_;
-    place(slot);
+    ++in_flight_;
+    place({static_cast<uint32_t>(id.hash()), slot});
   }
   void leave(uint32_t slot) {
     pool_[slot].in_flight = false;
-    --indexed_;
+    --in_flight_;
     size_t gap = pool_[slot].id.hash() & mask();
-    while (table_[gap] != slot) gap = (gap + 1) & mask();
-    for (size_t at = (gap + 1) & mask(); table_[at] != kNoSlot; at = (at + 1) & mask()) {  // close the gap: no search ends in it
-      const size_t home = pool_[table_[at]].id.hash() & mask();
-      if (((at - home) & mask()) < ((at - gap) & mask())) continue;
-      table_[gap] = table_[at];
+    while (table_[gap].slot != slot) gap = (gap + 1) & mask();
+    for (size_t at = (gap + 1) & mask(); table_[at].slot != kNoSlot; at = (at + 1) & mask()) {
+      if (((at - table_[at].hash) & mask()) < ((at - gap) & mask())) continue;
+      table_[gap] = table_[at];  // the gap is closed, so that no search ends in it
       gap = at;
     }
-    table_[gap] = kNoSlot;
+    table_[gap].slot = kNoSlot;
   }
 
  private:
+  struct Entry {
+    uint32_t hash, slot = kNoSlot;  // hash: of the id; its low bits tell where a search begins
+  };
   size_t mask() const { return table_.size() - 1; }
-  void add_free(uint32_t slot) {
+  void add_free() {
     pool_.emplace_back().next = free_;
-    free_ = slot;
+    free_ = static_cast<uint32_t>(pool_.size() - 1);
   }
-  void place(uint32_t slot) {
-    size_t at = pool_[slot].id.hash() & mask();
-    while (table_[at] != kNoSlot) at = (at + 1) & mask();
-    table_[at] = slot;
+  void place(const Entry& entry) {
+    size_t at = entry.hash & mask();
+    while (table_[at].slot != kNoSlot) at = (at + 1) & mask();
+    table_[at] = entry;
   }
   void grow_table() {
-    const auto old = std::exchange(table_, std::vector<uint32_t>(std::max<size_t>(16, table_.size() * 2), kNoSlot));
-    for (uint32_t slot : old)
-      if (slot != kNoSlot) place(slot);
+    const auto old = std::exchange(table_, std::vector<Entry>(std::max<size_t>(64, table_.size() * 4)));
+    for (const Entry& entry : old)
+      if (entry.slot != kNoSlot) place(entry);
   }
   Ledger& ledger_;
   std::vector<Held> pool_;
-  std::vector<uint32_t> table_;
+  std::vector<Entry> table_;
   uint32_t free_ = kNoSlot;
-  size_t used_ = 0, indexed_ = 0;
+  size_t used_ = 0, in_flight_ = 0;
 };
 
 inline bool topology_aware(const Options& options) {
@@ -1850,7 +1857,8 @@ class Broker {
  public:
   Broker(const Options& opts, Logger& log, const std::string& directory) : options(opts), logger(log), ids(opts.node_id) {
     storage.directory = directory;
-    storage.largest_segment = static_cast<size_t>(std::clamp<int64_t>(opts.max_bytes_per_file, kPageSize, kLargestSegment)) / kPageSize * kPageSize;
+    const auto most = std::clamp<int64_t>(opts.max_bytes_per_file, kPageSize, kLargestSegment);
+    storage.largest_segment = static_cast<size_t>(most) / kPageSize * kPageSize;
   }
 
   const Options& options;
@@ -1940,7 +1948,8 @@ class Channel {
  public:
   Channel(Topic& of, std::string channel_name)
       : topic(of), name(std::move(channel_name)), ephemeral(is_ephemeral(name)), bounded(ephemeral || !of.log.kept()),
-        broker_(of.broker), ledger_(bounded ? "" : text(broker_.storage.directory, "/", of.name, ":", name, Ledger::kSuffix), broker_.storage),
+        broker_(of.broker),
+        ledger_(bounded ? "" : text(broker_.storage.directory, "/", of.name, ":", name, Ledger::kSuffix), broker_.storage),
         held_(ledger_), timer_(broker_.timers, [this] { on_time(); }), near_first_(topology_aware(broker_.options)) {
     if (!broker_.options.e2e_processing_latency_percentile.empty())
       latency = std::make_unique<LatencySketch>(broker_.options.e2e_processing_latency_window_time.count());
@@ -1961,7 +1970,7 @@ class Channel {
   // ---- for the statistics ----------------------------------------------------------------------------------------------
 
   int64_t depth() const { return queued() - deferred_ahead(); }
-  int64_t backend_depth() const { return std::clamp<int64_t>(topic.unmapped(cursor_, topic.distributed()), 0, std::max<int64_t>(depth(), 0)); }
+  int64_t backend_depth() const { return std::min(topic.unmapped(cursor_, topic.distributed()), depth()); }
   int64_t in_flight_count() const { return static_cast<int64_t>(held_.in_flight()); }
   int64_t deferred_count() const { return deferred_ + deferred_ahead(); }
   uint64_t message_count() const { return topic.distributed() - counted_from_; }
@@ -2161,22 +2170,25 @@ class Channel {
     if (const auto cursor = ledger_.recover()) return void(cursor_ = *cursor);
     throw_unless(create(0));
     if (!topic.log.segments.empty())
-      broker_.logger.say(Level::kWarning, "LOG: ", ledger_.file.path(), " is missing or damaged; what is stored is delivered again");
+      broker_.logger.say(Level::kWarning, "LOG: ", ledger_.file.path(), " is missing or damaged; all that is stored comes again");
   }
   /// Takes up its place after a restart: what was delivered before and not finished comes first, with its attempts; what was
   /// put off waits for its time; the cursor is at the first message never delivered.
   void resume() {
     const auto& segments = topic.log.segments;
     counted_from_ = topic.distributed();
-    if (cursor_ < (segments.empty() ? topic.log.end() : segments.front()->first)) move_cursor(segments.empty() ? topic.log.end() : segments.front()->first);
+    const uint64_t lowest = segments.empty() ? topic.log.end() : segments.front()->first;
+    if (cursor_ < lowest) move_cursor(lowest);
     for (uint32_t i = 0; ledger_.file.mapped() && i < ledger_.slots(); ++i)
       if (ledger_.used(i)) take_up(i);
-    std::sort(requeued_.begin(), requeued_.end(), [this](const Requeued& a, const Requeued& b) { return held_[a.slot].number < held_[b.slot].number; });
+    const auto earlier = [this](const Requeued& a, const Requeued& b) { return held_[a.slot].number < held_[b.slot].number; };
+    std::sort(requeued_.begin(), requeued_.end(), earlier);
     uint64_t expected = cursor_;
     for (const auto& segment : segments) {
       add_gap(expected, std::max(expected, segment->first));
       expected = std::max(expected, segment->end());
-      for (uint32_t i : segment->damaged) add_gap(std::max(cursor_, segment->first + i), std::max(cursor_, segment->first + i + 1));
+      for (uint32_t i : segment->damaged)
+        if (segment->first + i >= cursor_) add_gap(segment->first + i, segment->first + i + 1);
     }
     add_gap(expected, std::max(expected, topic.distributed()));
   }
@@ -2388,6 +2400,7 @@ class Channel {
       if (owner != nullptr) consider(*owner);
     }
     if (!due_.empty()) timer_.set(due_.front().at);
+    if (due_.empty() && held_.used() == 0) held_.shrink();
   }
   /// The monotonic time of a due time by the wall clock, within the bounds that a delay has.
   int64_t steady(int64_t due_wall) const {
@@ -2399,8 +2412,9 @@ class Channel {
 
   /// With topology-aware consumption, a ready consumer in this zone comes before one in this region, and that before others.
   void bring_near_one_forward() {
-    const auto distance = [](const Consumer* c) { return !c->can_take() ? 3 : c->info->zone_local ? 0 : c->info->region_local ? 1 : 2; };
-    const auto nearest = std::min_element(ready_.begin(), ready_.end(), [&](const Consumer* a, const Consumer* b) { return distance(a) < distance(b); });
+    const auto far = [](const Consumer* c) { return !c->can_take() ? 3 : c->info->zone_local ? 0 : c->info->region_local ? 1 : 2; };
+    const auto nearer = [&](const Consumer* a, const Consumer* b) { return far(a) < far(b); };
+    const auto nearest = std::min_element(ready_.begin(), ready_.end(), nearer);
     std::rotate(ready_.begin(), nearest, nearest + 1);
   }
 
@@ -2436,7 +2450,8 @@ class Channel {
   }
   /// First deliveries, straight from the segment: neighbours go out as one piece of memory.
   size_t deliver_run(Consumer& consumer, size_t most) {
-    uint64_t end = std::min({topic.distributed(), at_->end(), cursor_ + most, cursor_ + static_cast<uint64_t>(consumer.rdy - consumer.in_flight)});
+    most = std::min(most, static_cast<size_t>(consumer.rdy - consumer.in_flight));
+    uint64_t end = std::min({topic.distributed(), at_->end(), cursor_ + most});
     if (!gaps_.empty()) end = std::min(end, gaps_.begin()->first);
     if (!requeued_.empty()) end = std::min(end, requeued_.front().behind);
     end = cursor_ + held_.reserve(end - cursor_);
@@ -2867,12 +2882,13 @@ class Recovery {
     const bool known = read == 3 && number >= 0 && offset >= 0;
     Position at = known ? Position{number, static_cast<size_t>(offset)} : Position();
     size_t imported = 0;
-    if (!known) broker_.logger.say(Level::kWarning, "DISKQUEUE(", queue, "): how far it was read is not known; all of it is taken");
+    const auto warn = [&](const std::string& what) { broker_.logger.say(Level::kWarning, "DISKQUEUE(", queue, "): ", what); };
+    if (!known) warn("how far it was read is not known; all of it is taken");
     for (const int64_t file : files) {
       const std::string digits = std::to_string(file), zeros(6 - std::min<size_t>(6, digits.size()), '0');
       const std::string name = text(queue, ".diskqueue.", zeros, digits, ".dat");
       if (file > at.file) {
-        if (known) broker_.logger.say(Level::kWarning, "DISKQUEUE(", queue, "): file ", at.file, " is missing; going on with ", file);
+        if (known) warn(text("file ", at.file, " is missing; going on with ", file));
         at = {file, 0};
       }
       if (file == at.file) {

@@ -57,7 +57,7 @@ async function main() {
     '--disable-component-update', '--disable-sync'] });
   const page = await browser.newPage({ viewport: { width: 1280, height: 800 } }), errors = [];
   let away = false;  // the browser itself reports each failed request while the daemon is gone
-  page.on('console', m => { if (m.type() === 'error' && !(away && /Failed to load resource/.test(m.text()))) errors.push(m.text()); });
+  page.on('console', m => { if (m.type() === 'error' && !(away && /Failed to load resource/.test(m.text())) && !/status of 413/.test(m.text())) errors.push(m.text()); });
   page.on('pageerror', e => errors.push(String(e)));
   page.on('request', r => { if (!r.url().startsWith(base) && !r.url().startsWith('data:')) errors.push('request to ' + r.url()); });
   const row = key => page.locator('tr', { has: page.locator(`button[aria-label$="${key}"]`) });
@@ -88,6 +88,17 @@ async function main() {
   await page.locator('dialog[open]').getByRole('button', { name: 'Publish', exact: true }).click();
   await until('the page publishes', async () => (await topic('clicks')).message_count === 5);
   await until('and says so', () => toast('Publish to topic clicks: done'));
+
+  await page.getByRole('button', { name: 'Publish a message', exact: true }).click();
+  await page.keyboard.type('fresh');
+  await page.locator('dialog[open] [name=body]').fill('x'.repeat(1100000));
+  await page.locator('dialog[open]').getByRole('button', { name: 'Publish', exact: true }).click();
+  await until('a refusal is shown, and what was typed stays', async () => await toast('MSG_TOO_BIG') &&
+    (await page.locator('dialog[open] [name=body]').inputValue()).length === 1100000);
+  await page.locator('dialog[open] [name=body]').fill('y');
+  await page.locator('dialog[open]').getByRole('button', { name: 'Publish', exact: true }).click();
+  await until('the page publishes to a topic that is new', async () => (await topic('fresh')).depth === 1);
+  await post('topic/delete?topic=fresh');
 
   await page.getByRole('button', { name: 'Create a topic', exact: true }).click();
   await page.keyboard.type('no spaces');
