@@ -9,6 +9,9 @@ CXXFLAGS  = -std=$(STD) $(WARNINGS) -pthread -I.
 PREFIX   ?= /usr/local
 BUILD    ?= .build
 
+# Two compilations at a time: the program and its tests.
+MAKEFLAGS += --jobs=2
+
 all: nsqd
 
 nsqd: main.cpp nsqd.hpp Makefile
