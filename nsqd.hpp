@@ -1447,8 +1447,8 @@ class Spares {
   /// Keeps a segment or removes it.
   void keep(std::unique_ptr<Segment> segment) {
     MappedFile& file = segment->file;
-    const bool wanted = spares_.size() < kMost && file.size() <= kWarmSegment && file.size() >= kWarmSegment / 8 && file.mapped();
-    if (!wanted || !file.rename(text(storage_.directory, "/", ++named_, ".spare"), storage_).ok()) file.remove();
+    const bool wanted = spares_.size() < kMost && file.size() <= kWarmSegment && file.size() >= kWarmSegment / 8;
+    if (!wanted || !file.open().ok() || !file.rename(text(storage_.directory, "/", ++named_, ".spare"), storage_).ok()) file.remove();
     else spares_.push_back(std::move(segment));
   }
   void remove_all() {

@@ -2138,6 +2138,29 @@ TEST(a_segment_that_is_used_again_shows_nothing_of_its_past) {
   }
 }
 
+TEST(large_segments_are_used_again_and_a_kill_finds_them_whole) {
+  Process d;
+  create_channel(d, "t", "c");
+  int published = 0;
+  const auto publish_more = [&](int count) {
+    const std::string large(100000, 'x');
+    Client client(d);
+    for (const auto& body : numbered(large, published, published + count)) client.pub("t", body);
+    published += count;
+  };
+  bool used_again = false;
+  for (int round = 0; round < 8; round++) {
+    publish_more(60);
+    used_again = used_again || !files(d.data_path, ".spare").empty();
+    CHECK_EQ(drain(d, "t", "c").size(), 60U);
+  }
+  CHECK(used_again);
+  publish_more(100);
+  d.restart();
+  CHECK(files(d.data_path, ".spare").empty());
+  CHECK_EQ(sorted(bodies_of(drain(d, "t", "c"))), sorted(numbered(std::string(100000, 'x'), published - 100, published)));
+}
+
 TEST(one_message_that_is_never_finished_holds_only_its_own_segment) {
   Process d({"--max-bytes-per-file=65536"});
   Client holder(d), client(d), consumer(d);
@@ -2835,6 +2858,21 @@ TEST(a_disk_queue_that_belongs_to_nothing_stays_and_one_without_its_metadata_is_
   CHECK_EQ(files(data, "diskqueue").size(), 4U);
   check_imported(drain(d, "t", "c"), "m", 0, 5);
   check_imported(drain(d, "t", "d"), "m", 0, 5);
+}
+
+TEST(the_queues_of_two_channels_go_each_to_its_own_also_over_a_kill) {
+  const std::string data = folder("data");
+  const Strings queues = {"t:a", "t:b", "t:c"};
+  for (const auto& queue : queues) {
+    const std::string records = disk_records(queue.substr(2), 0, 30);
+    write_file(data + "/" + queue + ".diskqueue.000000.dat", records);
+    write_metadata(data, queue, 30, 0, 0, records.size());
+  }
+  Process d;
+  d.restart();
+  for (const auto& queue : queues) check_imported(drain(d, "t", queue.substr(2)), queue.substr(2), 0, 30);
+  d.restart();
+  for (const auto& queue : queues) CHECK_EQ(drain(d, "t", queue.substr(2)).size(), 0U);
 }
 
 TEST(an_import_beside_a_ledger_that_was_never_written_loses_nothing) {
