@@ -1313,6 +1313,8 @@ class Segment {
     const bool due = (slot_offset(i) & kDeferred) != 0;
     const size_t at = slot_offset(i) & ~kDeferred, begin = due ? at - 8 : at, slots = file.size() - 8 * (size_t{i} + 1);
     if (at < kFrames + (due ? 8 : 0) || at > slots || slots - at <= kFrameHead) return false;
+    const bool behind_damage = !damaged.empty() && damaged.back() + 1 == i;  // else neighbours touch: they go out as one run
+    if (behind_damage ? begin < end_of_frames_ : begin != end_of_frames_) return false;
     const size_t size = frame_size(file.data() + at);
     if (size <= kFrameHead || size > slots - at) return false;
     if (load<uint32_t>(slot(i) + 4) != checksum(first + i, file.data() + begin, at - begin + size)) return false;
@@ -1677,7 +1679,7 @@ class LatencySketch {
       auto at = all.begin();
       while (at != all.end() && (left -= static_cast<int64_t>(at->second)) > 0) ++at;
       const double middle = at == all.end() ? 0 : 2 * std::pow(kGrowth, at->first) / (kGrowth + 1);
-      shown.percentiles.emplace_back(quantile, static_cast<int64_t>(middle));
+      shown.percentiles.emplace_back(quantile, static_cast<int64_t>(std::min(middle, 9e18)));  // what an int64_t takes
     }
     return shown;
   }
@@ -2034,8 +2036,10 @@ class Channel {
     if (slot == kNoSlot) return why;
     Segment& segment = *held_[slot].segment;
     ++consumer.finished;
-    if (latency != nullptr && segment.file.open().ok())
-      latency->add(broker_.now.wall - Segment::timestamp_of(segment.frame_of(held_[slot].number)), broker_.now.steady);
+    if (latency != nullptr && segment.file.open().ok()) {
+      const int64_t published = Segment::timestamp_of(segment.frame_of(held_[slot].number));
+      latency->add(published > 0 ? broker_.now.wall - published : 0, broker_.now.steady);
+    }
     finish(let_go(slot));
     consider(consumer);
     return {};
@@ -2306,8 +2310,9 @@ class Channel {
     const uint64_t number = ledger_.number(slot);
     held_.take(slot);
     if (ledger_.kind(slot) == Ledger::kGap) {
-      const auto end = static_cast<uint64_t>(ledger_.due(slot));
+      const uint64_t end = std::min(static_cast<uint64_t>(ledger_.due(slot)), topic.distributed());  // later ones are for it
       if (number < cursor_ || end <= number || in_gap(number)) return held_.free(slot);
+      ledger_.set_due(slot, static_cast<int64_t>(end));
       add_gap(number, end);
       gaps_[number].slot = slot;
       return;
@@ -2879,7 +2884,8 @@ class Recovery {
     const std::string meta = queue + ".diskqueue.meta.dat", content = read_file(directory_ + "/" + meta).value_or("");
     long long depth = 0, number = 0, offset = 0;
     const int read = std::sscanf(content.c_str(), "%lld\n%lld,%lld", &depth, &number, &offset);
-    const bool known = read == 3 && number >= 0 && offset >= 0;
+    const bool there = depth <= 0 || files.empty() || number <= *files.rbegin();  // what is unread is in some file
+    const bool known = read == 3 && number >= 0 && offset >= 0 && there;
     Position at = known ? Position{number, static_cast<size_t>(offset)} : Position();
     size_t imported = 0;
     const auto warn = [&](const std::string& what) { broker_.logger.say(Level::kWarning, "DISKQUEUE(", queue, "): ", what); };
@@ -2893,7 +2899,7 @@ class Recovery {
       }
       if (file == at.file) {
         imported += import_file(name, meta, at, topic, channel);
-        at = {file + 1, 0};
+        at = {saturating_add(file, 1), 0};
         save_position(meta, at);
       }
       ::unlink((directory_ + "/" + name).c_str());  // read, now or by the one before us
@@ -5920,7 +5926,7 @@ inline bool parse_word(std::string_view word, double& value) {
   const std::string digits(word);
   char* end = nullptr;
   value = std::strtod(digits.c_str(), &end);
-  return !digits.empty() && *end == '\0';
+  return !digits.empty() && *end == '\0' && !std::isnan(value);
 }
 /// As Go reads it: a sign, then numbers with units; only 0 goes without. A double holds 100 days to the nanosecond.
 inline bool parse_word(std::string_view word, Duration& value) {
