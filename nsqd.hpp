@@ -1639,7 +1639,8 @@ class Output {
     runs_.clear();
     mapped_ = 0;
   }
-  void clear() { settle(size()); }
+  /// All bytes; nothing remains.
+  std::string take() { return settle(0), std::exchange(bytes_, {}); }
 
  private:
   struct Run {
@@ -3072,7 +3073,7 @@ struct Host {
   int64_t started_wall = 0;
   std::function<void(V2Session&)> ask_auth;  // parks the session until auth_answered
   std::function<bool(std::string_view topic, Session&)> look_up;  // true: parked, a new topic's channels are asked for
-  std::function<void(const std::function<void(const V2Session&)>&)> each_client;
+  std::function<void(const std::function<void(const Session&)>&)> each_session;
   std::function<void(std::vector<std::string>)> set_lookupds;
   std::function<size_t()> connections;
 };
@@ -3118,7 +3119,6 @@ class V2Session : public Session {
   }
   const std::string& secret() const { return secret_; }
   const std::string& ip() const { return ip_; }
-  bool publishes() const { return !about_.pub_counts.empty(); }
 
   ClientStats stats() const override {
     ClientStats shown = about_;
@@ -3517,41 +3517,37 @@ struct StatsQuery {
   bool include_clients = true, include_memory = true;
 };
 
-inline ChannelStats channel_stats(const Channel& of, bool include_clients) {
-  const auto clients = static_cast<int64_t>(of.consumers.size());
-  ChannelStats shown{of.name, of.depth(), of.backend_depth(), of.in_flight_count(), of.deferred_count(),
-                     of.message_count(), of.requeue_count, of.timeout_count, of.zone_local_count, of.region_local_count,
-                     of.global_count, clients, {}, of.paused, {}};
-  if (include_clients)
-    for (const auto& consumer : of.consumers) shown.clients.push_back(consumer->port->session->stats());
-  return shown;
-}
-
-inline TopicStats topic_stats(const Topic& of, const StatsQuery& query) {
-  const Options& options = of.broker.options;
-  const int64_t now = of.broker.now.steady;
-  TopicStats shown{of.name, of.depth(), of.backend_depth(), of.message_count, of.message_bytes, of.paused, {}, {}};
-  LatencySketch merged(options.e2e_processing_latency_window_time.count());
-  for (const auto& [name, channel] : of.channels) {
-    if (!query.channel.empty() && query.channel != name) continue;
-    shown.channels.push_back(channel_stats(*channel, query.include_clients));
-    if (channel->latency == nullptr) continue;
-    shown.channels.back().latency = channel->latency->stats(options.e2e_processing_latency_percentile, now);
-    merged.merge(*channel->latency, now);
-  }
-  if (!shown.channels.empty()) shown.latency = merged.stats(options.e2e_processing_latency_percentile, now);
-  return shown;
-}
-
 inline Stats take_stats(const Host& host, const StatsQuery& query) {
-  Stats stats{host.broker.storage.health(), host.started_wall / kSecond, {}, {}};
-  for (const auto& [name, topic] : host.broker.topics) {
+  const Broker& broker = host.broker;
+  const auto latency = [&](LatencySketch& of) {
+    return of.stats(broker.options.e2e_processing_latency_percentile, broker.now.steady);
+  };
+  Stats stats{broker.storage.health(), host.started_wall / kSecond, {}, {}};
+  for (const auto& [name, topic] : broker.topics) {
     const bool wanted = query.topic.empty() || query.topic == name;
     if (!wanted || (!query.channel.empty() && topic->find(query.channel) == nullptr)) continue;
-    stats.topics.push_back(topic_stats(*topic, query));
+    TopicStats shown{name, topic->depth(), topic->backend_depth(), topic->message_count, topic->message_bytes,
+                     topic->paused, {}, {}};
+    LatencySketch merged(broker.options.e2e_processing_latency_window_time.count());
+    for (const auto& [channel_name, of] : topic->channels) {
+      if (!query.channel.empty() && query.channel != channel_name) continue;
+      ChannelStats& channel = shown.channels.emplace_back(ChannelStats{
+          channel_name, of->depth(), of->backend_depth(), of->in_flight_count(), of->deferred_count(),
+          of->message_count(), of->requeue_count, of->timeout_count, of->zone_local_count, of->region_local_count,
+          of->global_count, static_cast<int64_t>(of->consumers.size()), {}, of->paused, {}});
+      for (const auto& consumer : of->consumers)
+        if (query.include_clients) channel.clients.push_back(consumer->port->session->stats());
+      if (of->latency == nullptr) continue;
+      channel.latency = latency(*of->latency);
+      merged.merge(*of->latency, broker.now.steady);
+    }
+    if (!shown.channels.empty()) shown.latency = latency(merged);
+    stats.topics.push_back(std::move(shown));
   }
-  host.each_client([&](const V2Session& client) {
-    if (query.include_clients && client.publishes()) stats.producers.push_back(client.stats());
+  if (!query.include_clients) return stats;
+  host.each_session([&stats](const Session& session) {
+    ClientStats client = session.stats();
+    if (!client.pub_counts.empty()) stats.producers.push_back(std::move(client));
   });
   return stats;
 }
@@ -3580,8 +3576,8 @@ inline Figures memory_figures() {
     if (std::fscanf(statm, "%*d %lld %lld", &resident, &shared) != 2) resident = shared = 0;
     std::fclose(statm);
   }
-  const int64_t in_use = (resident - shared) * ::sysconf(_SC_PAGESIZE);
-  return {{"heap_objects", 0}, {"heap_idle_bytes", 0}, {"heap_in_use_bytes", in_use}, {"heap_released_bytes", 0},
+  return {{"heap_objects", 0}, {"heap_idle_bytes", 0},
+          {"heap_in_use_bytes", (resident - shared) * ::sysconf(_SC_PAGESIZE)}, {"heap_released_bytes", 0},
           {"gc_pause_usec_100", 0}, {"gc_pause_usec_99", 0}, {"gc_pause_usec_95", 0}, {"next_gc_bytes", 0},
           {"gc_total_runs", 0}};
 }
@@ -3592,7 +3588,7 @@ struct StatsJson {
   JsonWriter json = {};
 
   template <typename Items>
-  void list(std::string_view key, const Items& items, bool null = false) {
+  void list(std::string_view key, const Items& items, bool null) {
     json.key(key);
     if (null) return void(json.raw("null"));
     json.open('[');
@@ -3603,11 +3599,11 @@ struct StatsJson {
     for (const auto& [name, value] : figures)
       if (value != 0 || !is_regional(name)) json.member(name, value);
   }
-  void write(const std::pair<double, int64_t>& percentile) {
-    json.open('{').member("quantile", percentile.first).member("value", percentile.second).close('}');
-  }
-  void write(const std::pair<std::string, uint64_t>& published) {
-    json.open('{').member("topic", published.first).member("count", published.second).close('}');
+  template <typename Name, typename Value>
+  void write(const std::pair<Name, Value>& of) {
+    constexpr bool kQuantile = std::is_same_v<Name, double>;  // else one of pub_counts
+    json.open('{').member(kQuantile ? "quantile" : "topic", of.first);
+    json.member(kQuantile ? "value" : "count", of.second).close('}');
   }
   void write(const ClientStats& of) {
     json.open('{').member("client_id", of.client_id).member("hostname", of.hostname).member("version", "V2");
@@ -3620,10 +3616,10 @@ struct StatsJson {
     if (!of.auth_identity.empty()) json.member("auth_identity", of.auth_identity);
     if (!of.auth_identity_url.empty()) json.member("auth_identity_url", of.auth_identity_url);
     json.member("topology_zone", of.topology_zone).member("topology_region", of.topology_region);
-    auto counts = of.pub_counts;
-    const auto hidden = [this](const auto& count) { return !query.topic.empty() && query.topic != count.first; };
-    counts.erase(std::remove_if(counts.begin(), counts.end(), hidden), counts.end());
-    if (!counts.empty()) list("pub_counts", counts);
+    decltype(of.pub_counts) counts;
+    for (const auto& count : of.pub_counts)
+      if (query.topic.empty() || query.topic == count.first) counts.push_back(count);
+    if (!counts.empty()) list("pub_counts", counts, false);
     json.member("tls", false).member("tls_cipher_suite", "").member("tls_version", "");
     json.member("tls_negotiated_protocol", "").member("tls_negotiated_protocol_is_mutual", false).close('}');
   }
@@ -3635,7 +3631,7 @@ struct StatsJson {
   }
   void write(const TopicStats& of) {
     json.open('{').member("topic_name", of.name);
-    list("channels", of.channels);
+    list("channels", of.channels, false);
     figures(figures_of(of));
     end(of.paused, of.latency);
   }
@@ -3648,26 +3644,20 @@ struct StatsJson {
 
 inline std::string stats_json(const Stats& stats, const StatsQuery& query, bool topic_known) {
   StatsJson shown{query};
-  JsonWriter& json = shown.json;
-  json.open('{').member("version", kProtocolVersion).member("health", stats.health);
-  json.member("start_time", stats.start_time);
+  shown.json.open('{').member("version", kProtocolVersion).member("health", stats.health);
+  shown.json.member("start_time", stats.start_time);
   shown.list("topics", stats.topics, !topic_known);
   if (query.include_memory) {
-    json.key("memory").open('{');
+    shown.json.key("memory").open('{');
     shown.figures(memory_figures());
-    json.close('}');
+    shown.json.close('}');
   }
   shown.list("producers", stats.producers, stats.producers.empty());
-  return json.close('}').out;
+  return shown.json.close('}').out;
 }
 
 inline std::string build_text() {
-#if defined(__clang__)
-  const std::string compiler = text("clang++ ", __clang_major__, ".", __clang_minor__);
-#else
-  const std::string compiler = text("g++ ", __GNUC__, ".", __GNUC_MINOR__);
-#endif
-  return text("nsqd v", kProtocolVersion, " (nsqd.hpp ", kVersion, ", built w/", compiler, ")");
+  return text("nsqd v", kProtocolVersion, " (nsqd.hpp ", kVersion, ", built w/C++", __cplusplus / 100 % 100, ")");
 }
 
 /// A label, and its value filled up to a width.
@@ -3678,15 +3668,14 @@ std::string column(std::string_view label, const Value& value, size_t width) {
 }
 
 inline std::string latency_text(const LatencyStats& latency) {
-  static constexpr std::array<std::string_view, 4> kUnits = {"ns", "us", "ms", "s"};
   std::string shown;
-  for (const auto& percentile : latency.percentiles) {
-    auto value = static_cast<double>(percentile.second);
+  for (const auto& [quantile, nanoseconds] : latency.percentiles) {
+    auto value = static_cast<double>(nanoseconds);
     size_t unit = 0;
     for (; value > 1000 && unit < 3; ++unit) value /= 1000;
     std::array<char, 40> number{};
-    std::snprintf(number.data(), number.size(), "%.1f", value);
-    shown += text(shown.empty() ? "" : ", ", number.data(), kUnits[unit]);
+    std::snprintf(number.data(), number.size(), "%.1f%.1ss", value, &"num"[unit]);
+    shown += text(shown.empty() ? "" : ", ", number.data());
   }
   return shown;
 }
@@ -3725,10 +3714,8 @@ inline std::string topic_text(const TopicStats& topic) {
 
 inline std::string stats_text(const Stats& stats, const StatsQuery& query, const Now& now, int64_t started_wall) {
   const auto started = static_cast<time_t>(stats.start_time);
-  tm local{};
-  std::string start = time_text("%Y-%m-%dT%H:%M:%S%z", *::localtime_r(&started, &local));
-  if (ends_with(start, "+0000")) start.replace(start.size() - 5, 5, "Z");
-  else start.insert(start.size() - 2, ":");
+  tm utc{};
+  const std::string start = time_text("%Y-%m-%dT%H:%M:%SZ", *::gmtime_r(&started, &utc));
   const std::string uptime = duration_text(std::max<int64_t>(0, now.wall - started_wall));
   std::string out = text(build_text(), "\nstart_time ", start, "\nuptime ", uptime, "\n\nHealth: ", stats.health, "\n");
   if (query.include_memory) out += "\nMemory:\n";
@@ -3745,19 +3732,24 @@ inline std::string stats_text(const Stats& stats, const StatsQuery& query, const
 class StatsdFeed {
  public:
   /// Packets of whole lines, none longer than the options have it unless a single line is.
-  std::vector<std::string> packets(const Stats& stats, const Options& options, const std::string& prefix) {
+  std::vector<std::string> packets(const Stats& stats, const Options& options) {
     const auto hidden = [&](const std::string& name) { return options.statsd_exclude_ephemeral && is_ephemeral(name); };
-    most_ = static_cast<size_t>(std::max<int64_t>(options.statsd_udp_packet_size, 1));
     for (const TopicStats& topic : stats.topics) {
       if (hidden(topic.name)) continue;
-      const std::string name = text(prefix, "topic.", topic.name, ".");
+      const std::string name = text(options.statsd_prefix, "topic.", topic.name, ".");
       add(name, figures_of(topic), topic.latency);
       for (const ChannelStats& of : topic.channels)
         if (!hidden(of.name)) add(text(name, "channel.", of.name, "."), figures_of(of), of.latency);
     }
-    if (options.statsd_mem_stats) add(prefix + "mem.", memory_figures(), {});
+    if (options.statsd_mem_stats) add(options.statsd_prefix + "mem.", memory_figures(), {});
     last_ = std::exchange(counted_, {});
-    return std::exchange(packets_, {});
+    std::vector<std::string> packets;
+    for (const std::string& line : std::exchange(lines_, {})) {
+      const size_t size = packets.empty() ? 0 : packets.back().size() + line.size();
+      if (size == 0 || static_cast<int64_t>(size) > options.statsd_udp_packet_size) packets.emplace_back();
+      packets.back() += line;
+    }
+    return packets;
   }
 
  private:
@@ -3770,71 +3762,58 @@ class StatsdFeed {
       const bool counter = kCounters.find(key) != kCounters.npos;
       const std::string name = text(of, key);
       if (counter) counted_[name] = std::exchange(value, value - last_[name]);
-      add_line(text(name, ":", value, counter ? "|c\n" : "|g\n"));
+      lines_.push_back(text(name, ":", value, counter ? "|c\n" : "|g\n"));
     }
     for (const auto& [quantile, value] : latency.percentiles)
-      add_line(text(of, "e2e_processing_latency_", std::lround(quantile * 100), ":", value, "|g\n"));
-  }
-  void add_line(const std::string& line) {
-    if (packets_.empty() || packets_.back().size() + line.size() > most_) packets_.emplace_back();
-    packets_.back() += line;
+      lines_.push_back(text(of, "e2e_processing_latency_", std::lround(quantile * 100), ":", value, "|g\n"));
   }
 
-  size_t most_ = 0;  // bytes of a packet
-  std::vector<std::string> packets_;
+  std::vector<std::string> lines_;
   std::map<std::string, int64_t> last_, counted_;
 };
 
 /// The metrics of GET /metrics, in the text format of Prometheus. No name of a topic or channel needs an escape there.
-class MetricsText {
- public:
-  static std::string of(const Stats& stats, size_t connections) {
-    MetricsText shown;
-    const std::string versions = text("version=\"", kVersion, "\",protocol_version=\"", kProtocolVersion, "\"");
-    shown.add("nsqd_info", "the daemon that answers", 1, versions);
-    shown.add("nsqd_healthy", "1, or 0 when the disk fails", stats.health == "OK" ? 1 : 0);
-    shown.add("nsqd_connections", "open connections of all kinds", connections);
-    for (const TopicStats& topic : stats.topics) shown.add_topic(topic, text("topic=\"", topic.name, "\""));
-    const double seconds = static_cast<double>(std::clock()) / CLOCKS_PER_SEC;
-    shown.add("process_cpu_seconds_total", "time that the process has used a processor", seconds);
-    shown.add("process_start_time_seconds", "when the process started, Unix time", stats.start_time);
-    shown.add("process_memory_in_use_bytes", "memory of the process's own", memory_figures()[2].second);
-    std::string all;
-    for (const auto& [name, family] : shown.families_) all += family;
-    return all;
-  }
-
- private:
-  void add_topic(const TopicStats& of, const std::string& labels) {
-    add("nsqd_topic_messages_total", "messages published to the topic", of.message_count, labels);
-    add("nsqd_topic_message_bytes_total", "bytes of their bodies", of.message_bytes, labels);
-    add("nsqd_topic_depth", "messages not handed to a channel yet", of.depth, labels);
-    add("nsqd_topic_paused", "1 when the topic is paused", of.paused ? 1 : 0, labels);
-    for (const auto& channel : of.channels) add_channel(channel, text(labels, ",channel=\"", channel.name, "\""));
-  }
-  void add_channel(const ChannelStats& of, const std::string& labels) {
-    add("nsqd_channel_messages_total", "messages that the channel was given", of.message_count, labels);
-    add("nsqd_channel_requeued_total", "messages that consumers gave back", of.requeue_count, labels);
-    add("nsqd_channel_timed_out_total", "messages whose time ran out", of.timeout_count, labels);
-    add("nsqd_channel_depth", "messages that wait", of.depth, labels);
-    add("nsqd_channel_in_flight", "messages with a consumer", of.in_flight_count, labels);
-    add("nsqd_channel_deferred", "messages put off", of.deferred_count, labels);
-    add("nsqd_channel_clients", "consumers", of.client_count, labels);
-    add("nsqd_channel_paused", "1 when the channel is paused", of.paused ? 1 : 0, labels);
-    for (const auto& [quantile, value] : of.latency.percentiles)
-      add("nsqd_channel_latency_seconds", "time from publish to finish, by quantile, over the window",
-          static_cast<double>(value) / 1e9, text(labels, ",quantile=\"", JsonWriter().value(quantile).out, "\""));
-  }
-  /// A family of metrics has its head once, and all its lines behind it.
-  template <typename Value>
-  void add(const std::string& name, std::string_view help, Value value, const std::string& labels = {}) {
-    std::string& family = families_[name];
+inline std::string metrics_text(const Stats& stats, size_t connections) {
+  std::map<std::string, std::string> families;  // each has its head once, and all its lines behind it
+  const auto add = [&](const std::string& name, std::string_view help, auto value, const std::string& labels = {}) {
     const auto type = ends_with(name, "_total") ? "counter" : ends_with(name, "latency_seconds") ? "summary" : "gauge";
+    std::string& family = families[name];
     if (family.empty()) family = text("# HELP ", name, " ", help, "\n# TYPE ", name, " ", type, "\n");
     family += text(name, labels.empty() ? "" : "{" + labels + "}", " ", JsonWriter().value(value).out, "\n");
+  };
+  const std::string versions = text("version=\"", kVersion, "\",protocol_version=\"", kProtocolVersion, "\"");
+  add("nsqd_info", "the daemon that answers", 1, versions);
+  add("nsqd_healthy", "1, or 0 when the disk fails", stats.health == "OK" ? 1 : 0);
+  add("nsqd_connections", "open connections of all kinds", connections);
+  const double seconds = static_cast<double>(std::clock()) / CLOCKS_PER_SEC;
+  add("process_cpu_seconds_total", "time that the process has used a processor", seconds);
+  add("process_start_time_seconds", "when the process started, Unix time", stats.start_time);
+  add("process_memory_in_use_bytes", "memory of the process's own", memory_figures()[2].second);
+  for (const TopicStats& topic : stats.topics) {
+    const std::string labels = text("topic=\"", topic.name, "\"");
+    add("nsqd_topic_messages_total", "messages published to the topic", topic.message_count, labels);
+    add("nsqd_topic_message_bytes_total", "bytes of their bodies", topic.message_bytes, labels);
+    add("nsqd_topic_depth", "messages not handed to a channel yet", topic.depth, labels);
+    add("nsqd_topic_paused", "1 when the topic is paused", topic.paused ? 1 : 0, labels);
+    for (const ChannelStats& of : topic.channels) {
+      const std::string both = text(labels, ",channel=\"", of.name, "\"");
+      add("nsqd_channel_messages_total", "messages that the channel was given", of.message_count, both);
+      add("nsqd_channel_requeued_total", "messages that consumers gave back", of.requeue_count, both);
+      add("nsqd_channel_timed_out_total", "messages whose time ran out", of.timeout_count, both);
+      add("nsqd_channel_depth", "messages that wait", of.depth, both);
+      add("nsqd_channel_in_flight", "messages with a consumer", of.in_flight_count, both);
+      add("nsqd_channel_deferred", "messages put off", of.deferred_count, both);
+      add("nsqd_channel_clients", "consumers", of.client_count, both);
+      add("nsqd_channel_paused", "1 when the channel is paused", of.paused ? 1 : 0, both);
+      for (const auto& [quantile, value] : of.latency.percentiles)
+        add("nsqd_channel_latency_seconds", "time from publish to finish, by quantile, over the window",
+            static_cast<double>(value) / 1e9, text(both, ",quantile=\"", JsonWriter().value(quantile).out, "\""));
+    }
   }
-  std::map<std::string, std::string> families_;
-};
+  std::string all;
+  for (const auto& [name, family] : families) all += family;
+  return all;
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // [11] The page
@@ -4393,7 +4372,7 @@ class HttpSession : public Session {
   }
   bool show_metrics() {
     const Stats stats = take_stats(host_, {{}, {}, false, false});
-    return respond(MetricsText::of(stats, host_.connections()), "text/plain; version=0.0.4; charset=utf-8");
+    return respond(metrics_text(stats, host_.connections()), "text/plain; version=0.0.4; charset=utf-8");
   }
   bool show_page() {
     response_.headers = text("Cache-Control: no-cache\r\nX-Content-Type-Options: nosniff\r\nContent-Security-Policy: ",
@@ -4507,12 +4486,9 @@ class HttpCall : public Session {
     port.out.append(text(body.empty() ? "GET " : "POST ", target, " HTTP/1.1\r\nHost: ", host,
                          "\r\nUser-Agent: nsqd.hpp/", kVersion, "\r\nAccept: application/vnd.nsq; version=1.0\r\n",
                          "Connection: close\r\n", body.empty() ? "" : type, "\r\n", body));
-    timer_.set(saturating_add(broker.now.steady, broker.options.http_client_connect_timeout.count()));
+    wait(broker.options.http_client_connect_timeout);
   }
-  void connected() override {
-    timer_.set(saturating_add(broker_.now.steady, broker_.options.http_client_request_timeout.count()));
-    port.attend();
-  }
+  void connected() override { wait(broker_.options.http_client_request_timeout); }
   size_t feed(std::string_view input) override {
     take(input, false);
     return input.size();
@@ -4522,32 +4498,32 @@ class HttpCall : public Session {
  private:
   static constexpr size_t kLargestAnswer = size_t{4} << 20;
 
+  void wait(Duration time) { timer_.set(saturating_add(broker_.now.steady, time.count())); }
+  /// The body is complete by its chunks, by its length or, where it has neither, by the end of the connection.
   void take(std::string_view input, bool final) {
     received_ += input;
     const std::string_view all = received_;
     const size_t line = all.find("\r\n"), end = all.find("\r\n\r\n");
     if (all.size() > kLargestAnswer) return finish({}, "answer too large");
     HttpHeaders headers;
-    if (end != all.npos && !headers.parse(all.substr(line + 2, end - line))) return finish({}, "not HTTP");
-    const auto body = end == all.npos ? std::nullopt : whole_body(headers, all.substr(end + 4), final);
-    if (!body) return final ? finish({}, "connection closed") : void();
-    if (!ends_with(all.substr(0, 12), " 200")) return finish({}, text(all.substr(0, std::min<size_t>(line, 100))));
-    JsonParser parser{*body};
-    const Json answer = parser.parse();
-    finish(parser.error.empty() ? answer : Json(), parser.error);
-  }
-  /// The body once it is complete: by its chunks, by its length or, where it has neither, by the end of the connection.
-  static std::optional<std::string> whole_body(const HttpHeaders& headers, std::string_view body, bool final) {
-    if (headers.has("Transfer-Encoding", "chunked")) {
-      ChunkDecoder chunks;
+    ChunkDecoder chunks;
+    bool whole = end != all.npos;
+    if (whole) {
+      if (!headers.parse(all.substr(line + 2, end - line))) return finish({}, "not HTTP");
+      const std::string_view body = all.substr(end + 4);
+      const bool chunked = headers.has("Transfer-Encoding", "chunked");
+      const std::string* size = headers.find("Content-Length");
+      const auto length = static_cast<size_t>(decimal(size == nullptr ? "" : *size).value_or(kNever));
       size_t used = 0;
-      const bool whole = chunks.feed(body, used, kLargestAnswer) == ChunkDecoder::Result::kDone;
-      return whole ? std::optional(chunks.body) : std::nullopt;
+      if (!chunked) chunks.body = body.substr(0, length);
+      if (chunked) whole = chunks.feed(body, used, kLargestAnswer) == ChunkDecoder::Result::kDone;
+      else whole = size != nullptr ? body.size() >= length : final;
     }
-    const std::string* length = headers.find("Content-Length");
-    const auto size = length == nullptr ? body.size() : static_cast<size_t>(decimal(*length).value_or(kNever));
-    const bool whole = length == nullptr ? final : body.size() >= size;
-    return whole ? std::optional(std::string(body.substr(0, size))) : std::nullopt;
+    if (!whole) return final ? finish({}, "connection closed") : void();
+    if (!ends_with(all.substr(0, 12), " 200")) return finish({}, text(all.substr(0, std::min<size_t>(line, 100))));
+    JsonParser parser{chunks.body};
+    const Json answer = parser.parse();
+    finish(answer, parser.error);
   }
   void finish(const Json& answer, const std::string& failure) {
     port.dropped = true;
@@ -4566,29 +4542,13 @@ class Cluster {
  public:
   Cluster(Broker& broker, Dial dial) : broker_(broker), dial_(std::move(dial)) {}
 
-  void start(int tcp_port, int http_port) {
-    const Options& options = broker_.options;
-    JsonWriter json;  // keys sorted, as nsqd's are
-    json.open('{').member("broadcast_address", options.broadcast_address).member("hostname", host_name());
-    json.member("http_port", http_port).member("tcp_port", tcp_port).member("topology_region", options.topology_region);
-    json.member("topology_zone", options.topology_zone).member("version", kProtocolVersion).close('}');
-    std::string size(4, '\0');
-    put_be(size.data(), static_cast<uint32_t>(json.out.size()));
-    identify_ = text("IDENTIFY\n", size, json.out);
-    set_peers(options.lookupd_tcp_address);
-  }
   void set_peers(const std::vector<std::string>& addresses) {
     auto before = std::exchange(peers_, {});
-    for (const std::string& address : addresses) {
-      std::shared_ptr<LookupPeer>& peer = peers_[address];
-      if (peer == nullptr) peer = std::exchange(before[address], nullptr);
-      if (peer == nullptr) peer = std::make_shared<LookupPeer>(*this, address, 0);
-    }
-    for (const auto& [address, peer] : before)
-      if (peer != nullptr) peer->give_up();
+    for (const std::string& address : addresses)
+      if (auto kept = before.extract(address)) peers_.insert(std::move(kept));
+      else if (peers_.count(address) == 0) peers_[address] = std::make_shared<LookupPeer>(*this, address, 0);
+    for (const auto& [address, peer] : before) peer->give_up();
   }
-  void stop() { set_peers({}); }
-
   void tell(const Topic& topic, const Channel* channel, bool created) {
     const std::string name = channel == nullptr ? topic.name : text(topic.name, " ", channel->name);
     for (const auto& [address, peer] : peers_) peer->tell(text(created ? "REGISTER " : "UNREGISTER ", name, "\n"));
@@ -4598,37 +4558,69 @@ class Cluster {
   /// session is parked for that long; other publishers may store meanwhile. False when there is nobody to ask.
   bool look_up(std::string_view name, Session& session) {
     if (peers_.empty()) return false;
-    Topic& topic = broker_.topic(name);
-    std::vector<std::string> servers;
+    Topic& made = broker_.topic(name);
+    std::vector<std::string> urls;
     for (const auto& [address, peer] : peers_)
-      if (!peer->http_address.empty()) servers.push_back(peer->http_address);
-    if (servers.empty()) {
+      if (!peer->http_address.empty())
+        urls.push_back(text("http://", peer->http_address, "/channels?topic=", percent_encoded(name)));
+    if (urls.empty()) {
       broker_.logger.say(Level::kError, "no available nsqlookupd to query for channels to pre-create for topic ", name);
       return false;
     }
-    const auto asked = std::make_shared<LookUp>(LookUp{topic.name, session.weak_from_this(), servers.size(), {}});
-    topic.hold_back(true);
+    struct Asked {
+      size_t missing;  // answers
+      std::set<std::string> channels;
+    };
+    const auto asked = std::make_shared<Asked>(Asked{urls.size(), {}});
+    const auto asker = session.weak_from_this();
+    made.hold_back(true);
     session.parked = true;
-    for (const std::string& server : servers) {
-      const std::string url = text("http://", server, "/channels?topic=", percent_encoded(name));
-      ask(url, "", [this, asked, url](const Json& answer, const std::string& why) {
-        take_channels(*asked, url, answer, why);
+    for (const std::string& url : urls)
+      ask(url, "", [this, url, asked, asker, topic = made.name](const Json& answer, const std::string& why) {
+        if (answer.find("channels") == nullptr)
+          broker_.logger.say(Level::kWarning, "failed to query ", url, " - no usable answer ", why);
+        for (const Json& channel : answer.get("channels").items)
+          if (valid_name(channel.string) && !is_ephemeral(channel.string)) asked->channels.insert(channel.string);
+        if (--asked->missing > 0) return;
+        if (Topic* waiting = broker_.find(topic)) {
+          Status created;
+          for (const std::string& channel : asked->channels) static_cast<void>(waiting->channel(channel, created));
+          waiting->hold_back(false);
+        }
+        if (const auto parked = asker.lock()) parked->unpark();
       });
-    }
     return true;
   }
 
-  /// Asks the auth servers, beginning with a random one, until one has a usable answer. It parks the session.
-  void ask_auth(V2Session& session) {
-    const size_t servers = broker_.options.auth_http_address.size();
+  /// Asks the auth servers, beginning with that one, until one has a usable answer. It parks the session.
+  void ask_auth(V2Session& session, size_t which, size_t left) {
+    const auto& servers = broker_.options.auth_http_address;
+    const std::string& server = servers[which % servers.size()];
+    std::string url = server.find("://") == server.npos ? text("http://", server, "/auth") : server, body;
+    const auto json = [](const std::string& value) { return JsonWriter().value(value).out; };
+    if (broker_.options.auth_http_request_method == "post")
+      body = text(R"({"common_name":[""],"remote_ip":[)", json(session.ip()), R"(],"secret":[)", json(session.secret()),
+                  R"(],"tls":["false"]})");
+    else
+      url += text(url.find('?') == url.npos ? "?" : "&", "common_name=&remote_ip=", percent_encoded(session.ip()),
+                  "&secret=", percent_encoded(session.secret()), "&tls=false");
     session.parked = true;
-    ask_auth_server(session, static_cast<size_t>(broker_.now.wall / kMicrosecond) % servers, servers);
+    const auto asker = session.weak_from_this();
+    ask(url, body, [this, server, which, left, asker](const Json& answer, const std::string& why) {
+      auto grant = parse_grant(answer);
+      if (grant == nullptr) broker_.logger.say(Level::kError, "AUTH: ", server, " - no usable answer ", why);
+      const auto locked = asker.lock();
+      if (locked == nullptr) return;
+      auto& waiting = static_cast<V2Session&>(*locked);
+      if (grant == nullptr && left > 1) ask_auth(waiting, which + 1, left - 1);
+      else waiting.auth_answered(std::move(grant));
+    });
   }
 
  private:
   /// The connection to one nsqlookupd: a greeting with all that there is, then each change, and PING in between.
-  /// Always: owed_ is the number of answers yet to come. When one of them is late, or anything else fails, another
-  /// LookupPeer takes the place of this one, to call after a longer pause and to greet anew.
+  /// Always: to_say_ begins with the command that waits for its answer. When that is late, or anything else fails,
+  /// another LookupPeer takes the place of this one, to call after a longer pause and to greet anew.
   class LookupPeer : public Session {
    public:
     LookupPeer(Cluster& cluster, std::string address, int64_t pause)
@@ -4639,23 +4631,24 @@ class Cluster {
     }
     std::string http_address;  // host:port of its HTTP side; empty while that is not known
 
-    void connected() override { port.attend(); }
     size_t feed(std::string_view input) override {
-      size_t used = 0;
-      while (!over_ && input.size() - used >= 4) {
-        const size_t size = get_be<uint32_t>(input.data() + used);
-        if (size > static_cast<size_t>(broker_.options.max_body_size)) return fail("answer too large"), used;
-        if (input.size() - used - 4 < size) break;
-        take(input.substr(used + 4, size));
-        used += 4 + size;
+      std::string_view rest = input;
+      while (!over_ && rest.size() >= 4) {
+        const size_t size = get_be<uint32_t>(rest.data());
+        if (static_cast<int64_t>(size) > broker_.options.max_body_size) fail("answer too large");
+        if (over_ || rest.size() - 4 < size) break;
+        take(rest.substr(4, size));
+        rest.remove_prefix(4 + size);
       }
-      return used;
+      return input.size() - rest.size();
     }
     void ended(std::string_view) override { fail("connection closed"); }
 
     /// What happens before it calls is in the greeting.
-    void tell(std::string_view command) {
-      if (called_) send(command);
+    void tell(std::string command) {
+      if (!called_) return;
+      to_say_.push_back(std::move(command));
+      if (to_say_.size() == 1) say_next();
     }
     void give_up() {
       over_ = port.dropped = true;
@@ -4669,31 +4662,44 @@ class Cluster {
 
     void wait(int64_t time) { timer_.set(broker_.now.steady + time); }
     void on_timer() {
-      if (called_) return owed_ > 0 ? fail("no answer in time") : send("PING\n");
-      called_ = true;
+      if (std::exchange(called_, true)) return to_say_.empty() ? tell("PING\n") : fail("no answer in time");
+      const Options& options = broker_.options;
+      JsonWriter json;  // keys sorted, as nsqd's are
+      json.open('{').member("broadcast_address", options.broadcast_address).member("hostname", host_name());
+      json.member("http_port", options.broadcast_http_port).member("tcp_port", options.broadcast_tcp_port);
+      json.member("topology_region", options.topology_region).member("topology_zone", options.topology_zone);
+      json.member("version", kProtocolVersion).close('}');
+      std::string size(4, '\0');
+      put_be(size.data(), static_cast<uint32_t>(json.out.size()));
       port.out.append("  V1");
-      for (const std::string& command : cluster_.greeting()) send(command);
+      tell(text("IDENTIFY\n", size, json.out));
+      for (const auto& [name, topic] : broker_.topics) {
+        if (topic->channels.empty()) tell(text("REGISTER ", name, "\n"));
+        for (const auto& channel : topic->channels) tell(text("REGISTER ", name, " ", channel.first, "\n"));
+      }
       cluster_.dial_(address_, shared_from_this());
     }
-    void send(std::string_view command) {
-      port.out.append(command);
+    void say_next() {
+      port.out.append(to_say_.front());
       port.attend();
-      if (++owed_ == 1) wait(kPatience);
+      wait(kPatience);
     }
+    /// Looks at the answer to IDENTIFY; those to the other commands are of no interest.
     void take(std::string_view answer) {
-      if (owed_ == 0) return fail("answer without a question");
+      if (to_say_.empty()) return fail("answer without a question");
       if (!greeted_ && !identify(answer)) return fail(text("IDENTIFY was answered by ", answer.substr(0, 100)));
-      wait(--owed_ > 0 ? kPatience : kPing);
+      to_say_.pop_front();
+      if (to_say_.empty()) wait(kPing);
+      else say_next();
     }
-    /// Takes the answer to IDENTIFY; those to the other commands are of no interest.
     bool identify(std::string_view answer) {
       JsonParser parser{answer};
       const Json json = parser.parse();
-      const std::string& host = member_of(json, "broadcast_address").string;
-      const int64_t http_port = member_of(json, "http_port").integer().value_or(0);
+      const std::string& host = json.get("broadcast_address").string;
+      const int64_t http_port = json.get("http_port").integer().value_or(0);
       const bool usable = !host.empty() && http_port > 0 && host.find_first_of("/ \r\n") == host.npos;
       if (usable) http_address = text(host.find(':') == host.npos ? host : "[" + host + "]", ":", http_port);
-      greeted_ = parser.error.empty() && json.is(Json::Type::kObject);
+      greeted_ = json.is(Json::Type::kObject);
       if (greeted_) broker_.logger.say(Level::kInfo, "LOOKUPD(", address_, "): connected");
       return greeted_;
     }
@@ -4710,86 +4716,32 @@ class Cluster {
     const std::string address_;
     const int64_t pause_;
     bool called_ = false, greeted_ = false, over_ = false;
-    size_t owed_ = 0;
+    std::deque<std::string> to_say_;
     Timer timer_;
   };
 
-  /// The question which channels a new topic has elsewhere.
-  struct LookUp {
-    std::string topic;
-    std::weak_ptr<Session> asker;
-    size_t missing;  // answers
-    std::set<std::string> channels;
-  };
-
-  std::vector<std::string> greeting() const {
-    std::vector<std::string> commands{identify_};
-    for (const auto& [name, topic] : broker_.topics) {
-      if (topic->channels.empty()) commands.push_back(text("REGISTER ", name, "\n"));
-      for (const auto& channel : topic->channels) commands.push_back(text("REGISTER ", name, " ", channel.first, "\n"));
-    }
-    return commands;
-  }
-
-  void take_channels(LookUp& of, const std::string& url, const Json& answer, const std::string& why) {
-    if (answer.find("channels") == nullptr)
-      broker_.logger.say(Level::kWarning, "failed to query ", url, " - no usable answer ", why);
-    for (const Json& channel : member_of(answer, "channels").items)
-      if (valid_name(channel.string) && !is_ephemeral(channel.string)) of.channels.insert(channel.string);
-    if (--of.missing > 0) return;
-    if (Topic* topic = broker_.find(of.topic)) {
-      Status made;
-      for (const std::string& channel : of.channels) static_cast<void>(topic->channel(channel, made));
-      topic->hold_back(false);
-    }
-    if (const auto asker = of.asker.lock()) asker->unpark();
-  }
-
-  void ask_auth_server(V2Session& session, size_t which, size_t left) {
-    const auto& servers = broker_.options.auth_http_address;
-    const std::string& server = servers[which % servers.size()];
-    std::string url = server.find("://") == server.npos ? text("http://", server, "/auth") : server, body;
-    const auto json = [](const std::string& value) { return JsonWriter().value(value).out; };
-    if (broker_.options.auth_http_request_method == "post")
-      body = text(R"({"common_name":[""],"remote_ip":[)", json(session.ip()), R"(],"secret":[)", json(session.secret()),
-                  R"(],"tls":["false"]})");
-    else
-      url += text(url.find('?') == url.npos ? "?" : "&", "common_name=&remote_ip=", percent_encoded(session.ip()),
-                  "&secret=", percent_encoded(session.secret()), "&tls=false");
-    const auto asker = session.weak_from_this();
-    ask(url, body, [this, server, which, left, asker](const Json& answer, const std::string& why) {
-      auto grant = parse_grant(answer);
-      if (grant == nullptr) broker_.logger.say(Level::kError, "AUTH: ", server, " - no usable answer ", why);
-      const auto locked = asker.lock();
-      if (locked == nullptr) return;
-      auto& waiting = static_cast<V2Session&>(*locked);
-      if (grant == nullptr && left > 1) ask_auth_server(waiting, which + 1, left - 1);
-      else waiting.auth_answered(std::move(grant));
-    });
-  }
   /// Asks a question at http://host[:port][/path].
   void ask(const std::string& url, const std::string& body, HttpCall::Done done) {
     const size_t begin = url.find("://") + 3, end = std::min(url.find_first_of("/?", begin), url.size());
     const std::string host = url.substr(begin, end - begin), path = url.substr(end);
     const bool has_port = host.find(':', host.find(']') + 1) != host.npos;  // from the front where there is no ]
     const bool https = url.compare(0, 8, "https://") == 0;  // there is no TLS: no address, so that it fails at once
-    const std::string target = path.compare(0, 1, "/") == 0 ? path : "/" + path;
-    auto call = std::make_shared<HttpCall>(broker_, host, target, body, std::move(done));
+    auto call = std::make_shared<HttpCall>(broker_, host, path[0] == '/' ? path : "/" + path, body, std::move(done));
     dial_(https ? "" : has_port ? host : host + ":80", std::move(call));
   }
 
   /// An answer without a ttl, with an unknown permission or a broken pattern is as good as none.
   std::shared_ptr<AuthGrant> parse_grant(const Json& json) const {
-    const int64_t ttl = std::min(member_of(json, "ttl").integer().value_or(0), kNever / kSecond);
+    const int64_t ttl = std::clamp<int64_t>(json.get("ttl").integer().value_or(0), 0, kNever / kSecond);
     bool good = ttl > 0;
     auto grant = std::make_shared<AuthGrant>();
-    grant->expires = saturating_add(broker_.now.steady, std::max<int64_t>(ttl, 0) * kSecond);
-    grant->identity = member_of(json, "identity").string;
-    grant->identity_url = member_of(json, "identity_url").string;
-    for (const Json& item : member_of(json, "authorizations").items) {
-      AuthGrant::Authorization added{Pattern(member_of(item, "topic").string)};
-      for (const Json& channel : member_of(item, "channels").items) added.channels.emplace_back(channel.string);
-      for (const Json& permission : member_of(item, "permissions").items) {
+    grant->expires = saturating_add(broker_.now.steady, ttl * kSecond);
+    grant->identity = json.get("identity").string;
+    grant->identity_url = json.get("identity_url").string;
+    for (const Json& item : json.get("authorizations").items) {
+      AuthGrant::Authorization added{Pattern(item.get("topic").string)};
+      for (const Json& channel : item.get("channels").items) added.channels.emplace_back(channel.string);
+      for (const Json& permission : item.get("permissions").items) {
         const bool publish = permission.string == "publish";
         (publish ? added.publish : added.subscribe) = true;
         good = good && (publish || permission.string == "subscribe");
@@ -4803,11 +4755,9 @@ class Cluster {
 
   Broker& broker_;
   const Dial dial_;
-  std::string identify_;  // the command
   std::map<std::string, std::shared_ptr<LookupPeer>> peers_;
 };
 
-// ---------------------------------------------------------------------------------------------------------------------
 // [14] The poll loop
 //
 // The only part with sockets and clocks. It owns the connections, feeds what arrives to their sessions and writes what
@@ -4844,25 +4794,21 @@ struct SocketAddress {
 };
 
 /// The addresses that host:port stands for. This may ask a name server, so never on the loop's thread.
-inline std::vector<SocketAddress> resolve(const std::string& address, int type, int flags, std::string& why) {
-  std::vector<SocketAddress> found;
+inline Status resolve(const std::string& address, int type, int flags, std::vector<SocketAddress>& found) {
   const auto split = split_address(address);
-  const auto port = split ? decimal(split->second) : std::nullopt;
-  why = text("invalid port in \"", address, "\"");
-  if (!port || *port > 65535) return found;
+  if (!split || decimal(split->second).value_or(kNever) > 65535) return {text("invalid port in \"", address, "\"")};
   addrinfo hints{}, *list = nullptr;
   hints.ai_socktype = type;
   hints.ai_flags = flags;
-  const char* host = split->first.empty() ? nullptr : split->first.c_str();
-  const int code = ::getaddrinfo(host, split->second.c_str(), &hints, &list);
-  why = text("lookup ", split->first, ": ", ::gai_strerror(code));
-  if (code != 0) return found;
+  const auto& [host, port] = *split;
+  const int code = ::getaddrinfo(host.empty() ? nullptr : host.c_str(), port.c_str(), &hints, &list);
+  if (code != 0) return {text("lookup ", host, ": ", ::gai_strerror(code))};
   for (const addrinfo* item = list; item != nullptr; item = item->ai_next) {
     SocketAddress& next = found.emplace_back();
     std::memcpy(&next.storage, item->ai_addr, next.size = item->ai_addrlen);
   }
   ::freeaddrinfo(list);
-  return found;
+  return {};
 }
 
 inline Fd open_socket(int family, int type = SOCK_STREAM) {
@@ -4874,17 +4820,19 @@ struct Listener {
   using Greet = std::function<std::shared_ptr<Session>(const std::string& peer)>;
 
   Listener(std::string_view name, const std::string& at, Greet greeting) : kind(name), greet(std::move(greeting)) {
-    std::string why;
+    std::vector<SocketAddress> places;
     const auto split = split_address(at);
-    auto places = split ? resolve(at, SOCK_STREAM, AI_PASSIVE, why) : place_of_path(at, why);
-    if (split && split->first.empty())  // all interfaces: a socket for IPv6 takes IPv4, too
-      std::stable_partition(places.begin(), places.end(), [](const auto& place) { return place.family() == AF_INET6; });
-    if (std::none_of(places.begin(), places.end(), [&](const auto& place) { return open(place, why); }))
-      throw std::runtime_error(text("listen (", at, ") failed - ", why));
+    Status status = split ? resolve(at, SOCK_STREAM, AI_PASSIVE, places) : place_of_path(at, places);
+    const int family = split && split->first.empty() ? AF_INET6 : AF_INET;  // IPv6 first for all: it takes IPv4, too
+    std::stable_partition(places.begin(), places.end(), [=](const auto& place) { return place.family() == family; });
+    for (const SocketAddress& place : places)
+      if (!fd) status = open(place);
+    if (!fd) throw std::runtime_error(text("listen (", at, ") failed - ", status.error));
     SocketAddress address;
     ::getsockname(fd.get(), address.get(), &address.size);
-    shown = path.empty() ? address.text() : path;
-    if (path.empty()) port = static_cast<int>(decimal(shown.substr(shown.rfind(':') + 1)).value_or(-1));
+    path = split ? "" : at;
+    shown = split ? address.text() : at;
+    if (split) port = static_cast<int>(decimal(shown.substr(shown.rfind(':') + 1)).value_or(-1));
   }
   ~Listener() { static_cast<void>(path.empty() || ::unlink(path.c_str()) == 0); }
 
@@ -4895,33 +4843,29 @@ struct Listener {
   int port = -1;
 
  private:
-  bool open(const SocketAddress& place, std::string& why) {
+  Status open(const SocketAddress& place) {
     static constexpr int kBacklog = 1024, kYes = 1, kNo = 0;
-    fd = open_socket(place.family());
-    ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &kYes, sizeof kYes);
-    if (place.family() == AF_INET6) ::setsockopt(fd.get(), IPPROTO_IPV6, IPV6_V6ONLY, &kNo, sizeof kNo);
-    const bool bound = fd && ::bind(fd.get(), place.get(), place.size) == 0;
-    const bool for_group = bound && (path.empty() || ::chmod(path.c_str(), 0660) == 0);
-    if (for_group && ::listen(fd.get(), kBacklog) == 0) return true;
     static constexpr std::string_view kAdvice = "; stop who listens there, or choose another address (port 0: any)";
-    why = text("bind: ", lower(std::strerror(errno)), errno == EADDRINUSE ? kAdvice : "");
-    return false;
+    Fd made = open_socket(place.family());
+    ::setsockopt(made.get(), SOL_SOCKET, SO_REUSEADDR, &kYes, sizeof kYes);
+    if (place.family() == AF_INET6) ::setsockopt(made.get(), IPPROTO_IPV6, IPV6_V6ONLY, &kNo, sizeof kNo);
+    if (!made || ::bind(made.get(), place.get(), place.size) != 0 || ::listen(made.get(), kBacklog) != 0)
+      return {text("bind: ", lower(std::strerror(errno)), errno == EADDRINUSE ? kAdvice : "")};
+    fd = std::move(made);
+    return {};
   }
-  /// A socket file that nobody listens on any more was left by a process that was killed, and is removed.
-  std::vector<SocketAddress> place_of_path(const std::string& at, std::string& why) {
+  static Status place_of_path(const std::string& at, std::vector<SocketAddress>& places) {
     sockaddr_un name{};
-    why = "the path of a unix socket must be shorter";
-    if (at.size() >= sizeof name.sun_path) return {};
+    if (at.size() >= sizeof name.sun_path) return {"the path of a unix socket must be shorter"};
     name.sun_family = AF_UNIX;
     at.copy(name.sun_path, at.size());
-    SocketAddress place;
+    SocketAddress& place = places.emplace_back();
     std::memcpy(&place.storage, &name, place.size = sizeof name);
     struct stat about {};
     const bool there = ::lstat(at.c_str(), &about) == 0 && S_ISSOCK(about.st_mode);
-    const Fd probe = open_socket(AF_UNIX);
+    const Fd probe = open_socket(AF_UNIX);  // nobody listens there any more: left by a process that was killed
     if (there && ::connect(probe.get(), place.get(), place.size) != 0 && errno == ECONNREFUSED) ::unlink(at.c_str());
-    path = at;
-    return {place};
+    return {};
   }
 };
 
@@ -4945,27 +4889,16 @@ class Worker {
     jobs_.push_back(std::move(job));
     wake_.notify_one();
   }
-  /// Runs a job behind all that were posted before, and waits for it.
-  void run_and_wait(const std::function<void()>& job) {
-    const auto done = std::make_shared<std::promise<void>>();
-    post([&job, done] {
-      job();
-      done->set_value();
-    });
-    done->get_future().wait();
-  }
 
  private:
   void run() {
     block_signals();
-    for (;;) {
+    for (std::function<void()> job = [] {}; job != nullptr;) {
+      job();
       std::unique_lock<std::mutex> lock(mutex_);
       wake_.wait(lock, [this] { return !jobs_.empty(); });
-      const auto job = std::move(jobs_.front());
+      job = std::move(jobs_.front());
       jobs_.pop_front();
-      lock.unlock();
-      if (job == nullptr) return;
-      job();
     }
   }
   std::mutex mutex_;
@@ -4990,8 +4923,7 @@ class Loop {
  public:
   explicit Loop(Broker& broker) : broker_(broker), pause_(broker.timers, [] {}), arrived_(kReadSize, '\0') {
     std::array<int, 2> ends{};
-    const bool made = ::pipe2(ends.data(), O_NONBLOCK | O_CLOEXEC) == 0;
-    if (!made) throw std::runtime_error(system_error("make", "a pipe").error);
+    if (::pipe2(ends.data(), O_NONBLOCK | O_CLOEXEC) != 0) throw_unless(system_error("make", "a pipe"));
     wake_read_ = Fd(ends[0]);
     wake_write_ = Fd(ends[1]);
     place(nullptr, wake_read_.get());
@@ -5016,10 +4948,10 @@ class Loop {
 
   /// Before there are connections. Returns the port.
   int listen(std::string_view kind, const std::string& address, Listener::Greet greet) {
-    listeners_.push_back(std::make_unique<Listener>(kind, address, std::move(greet)));
-    place(nullptr, listeners_.back()->fd.get());
+    const Listener& made = *listeners_.emplace_back(std::make_unique<Listener>(kind, address, std::move(greet)));
+    place(nullptr, made.fd.get());
     hot_end_ = fds_.size();
-    return listeners_.back()->port;
+    return made.port;
   }
   /// This and the next when there will be no turn any more.
   void close_listeners(std::string_view kind) {
@@ -5041,8 +4973,9 @@ class Loop {
   void dial(const std::string& address, std::shared_ptr<Session> session, Worker& worker) {
     const std::weak_ptr<Connection> dialling = add(std::move(session), State::kConnecting, Fd());
     worker.post([this, address, dialling] {
-      std::string why;
-      post([this, dialling, found = resolve(address, SOCK_STREAM, 0, why)] {
+      std::vector<SocketAddress> found;
+      static_cast<void>(resolve(address, SOCK_STREAM, 0, found));  // none: it fails
+      post([this, dialling, found] {
         if (const auto connection = dialling.lock()) connect(*connection, found);
       });
     });
@@ -5191,11 +5124,7 @@ class Loop {
       if (!fd && errno == EAGAIN) return;
       if (!fd) continue;
       ::setsockopt(fd.get(), IPPROTO_TCP, TCP_NODELAY, &kYes, sizeof kYes);  // fails on a Unix socket: never mind
-      try {
-        add(listener.greet(peer.text()), State::kOpen, std::move(fd));
-      } catch (const std::bad_alloc&) {
-        return pause_accepting();
-      }
+      guard(nullptr, [&] { add(listener.greet(peer.text()), State::kOpen, std::move(fd)); });
     }
   }
   /// Those who are here go on, and the next ones wait in the kernel's queue until one goes, or for a second.
@@ -5231,20 +5160,22 @@ class Loop {
     if (again && connection.slot >= hot_end_) swap_slots(connection.slot, hot_end_++);
     if (connection.session->port.dropped) return;
     if (connection.state == State::kConnecting) finish_connecting(connection);
-    else if ((events & POLLIN) != 0) guard(connection, &Loop::read);
+    else if ((events & POLLIN) != 0) guard(&connection, [&] { read(connection); });
     else if ((events & (POLLERR | POLLHUP | POLLNVAL)) != 0) lose(connection);
     if ((events & POLLOUT) != 0) attend(connection);
   }
   /// Where there is no memory for a connection, the connection ends and not the daemon.
-  void guard(Connection& connection, void (Loop::*work)(Connection&)) {
+  template <typename Work>
+  void guard(Connection* connection, const Work& work) {
     try {
-      (this->*work)(connection);
+      return work();
     } catch (const std::bad_alloc&) {
-      std::string().swap(connection.input);
-      broker_.logger.say(Level::kError, "out of memory: a connection is closed");
-      connection.session->port.dropped = true;
-      attend(connection);
+      if (connection != nullptr) std::string().swap(connection->input);
     }
+    broker_.logger.say(Level::kError, "out of memory: a connection is closed");
+    if (connection == nullptr) return;  // a new one
+    connection->session->port.dropped = true;
+    attend(*connection);
   }
   static bool passing(int code) { return code == EAGAIN || code == EWOULDBLOCK || code == EINTR || code == ENOBUFS; }
 
@@ -5255,10 +5186,8 @@ class Loop {
     if (got == 0) connection.state = State::kEnded;
     const std::string_view arrived(arrived_.data(), static_cast<size_t>(got));
     if (connection.input.empty()) return feed(connection, arrived);
-    connection.input += arrived;
-    feed_kept(connection);
+    feed(connection, connection.input += arrived);
   }
-  void feed_kept(Connection& connection) { feed(connection, connection.input); }
   /// What the session has not done with is kept.
   void feed(Connection& connection, std::string_view input) {
     Session& session = *connection.session;
@@ -5277,9 +5206,10 @@ class Loop {
   /// Sessions that were woken by something else than input: an answer that they waited for, or their time being up.
   void feed_attended() {
     for (size_t i = 0; i < attended_.size(); ++i) {
-      Session& session = *attended_[i]->session;
+      Connection& connection = *attended_[i];
+      Session& session = *connection.session;
       if (session.parked || !(std::exchange(session.resumed, false) || session.late)) continue;
-      guard(*attended_[i], &Loop::feed_kept);
+      guard(&connection, [&] { feed(connection, connection.input); });
     }
   }
 
@@ -5288,7 +5218,7 @@ class Loop {
     writing_.swap(attended_);
     for (Connection* connection : writing_) {
       connection->attended = false;
-      if (!connection->session->port.dropped) guard(*connection, &Loop::write);
+      if (!connection->session->port.dropped) guard(connection, [&] { write(*connection); });
       const bool closed = connection->session->port.dropped && !std::exchange(connection->attended, true);
       if (closed) closed_.push_back(connection);  // unless it is listed again: then in the next turn
     }
@@ -5297,30 +5227,26 @@ class Loop {
   void write(Connection& connection) {
     if (connection.state == State::kConnecting) return;
     if (connection.state == State::kInside) return connection.session->drained();
-    if (!send(*connection.session, connection.fd.get())) return lose(connection);
-    if (connection.session->port.closing && connection.session->port.out.empty()) finish(connection);
-    const Session& session = *connection.session;
-    const size_t waiting = session.port.out.size() + (session.parked ? connection.input.size() : 0);
+    Session& session = *connection.session;
+    Output& out = session.port.out;
+    if (!out.empty()) {
+      std::array<iovec, 256> pieces;
+      msghdr message{};
+      message.msg_iov = pieces.data();
+      message.msg_iovlen = out.gather(pieces.data(), pieces.size());
+      const ssize_t sent = ::sendmsg(connection.fd.get(), &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+      const bool lost = sent < 0 && !passing(errno);
+      const size_t done = lost ? out.size() : static_cast<size_t>(std::max<ssize_t>(sent, 0));
+      out.settle(done);
+      if (lost) return lose(connection);
+      session.written += done;
+      session.drained();
+    }
+    const size_t waiting = out.size() + (session.parked ? connection.input.size() : 0);
     const bool hears = connection.state == State::kOpen && waiting < kMostUnread;
-    fds_[connection.slot].events = static_cast<short>((hears ? POLLIN : 0) | (session.port.out.empty() ? 0 : POLLOUT));
-  }
-  static bool send(Session& session, int fd) {
-    if (session.port.out.empty()) return true;
-    std::array<iovec, 256> pieces;
-    msghdr message{};
-    message.msg_iov = pieces.data();
-    message.msg_iovlen = session.port.out.gather(pieces.data(), pieces.size());
-    const ssize_t sent = ::sendmsg(fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
-    if (sent < 0 && !passing(errno)) return session.port.out.clear(), false;
-    const auto done = static_cast<size_t>(std::max<ssize_t>(sent, 0));
-    session.port.out.settle(done);
-    session.written += done;
-    session.drained();
-    return true;
-  }
-  void finish(Connection& connection) {
-    const bool ended = connection.state == State::kEnded;
-    if (ended || ::shutdown(connection.fd.get(), SHUT_WR) != 0) connection.session->port.dropped = true;
+    fds_[connection.slot].events = static_cast<short>((hears ? POLLIN : 0) | (out.empty() ? 0 : POLLOUT));
+    if (!session.port.closing || !out.empty()) return;
+    if (connection.state != State::kOpen || ::shutdown(connection.fd.get(), SHUT_WR) != 0) session.port.dropped = true;
     else give(connection, std::make_shared<Silence>(broker_.timers, broker_.now.steady + kLinger));
   }
 
@@ -5364,13 +5290,7 @@ struct LocalConsumer : Session {
   }
   /// On the loop's thread: passes on what the channel has delivered.
   void drained() override {
-    std::string bytes;
-    std::array<iovec, 64> pieces;
-    for (size_t before = 0; !port.out.empty(); before = bytes.size()) {
-      const size_t count = port.out.gather(pieces.data(), pieces.size());
-      for (size_t i = 0; i < count; ++i) bytes.append(static_cast<const char*>(pieces[i].iov_base), pieces[i].iov_len);
-      port.out.settle(bytes.size() - before);
-    }
+    const std::string bytes = port.out.take();
     const std::lock_guard<std::mutex> lock(mutex);
     for (size_t at = 0, size = 0; at < bytes.size(); at += size) {
       const char* frame = &bytes[at];  // size 4, type 4, timestamp 8, attempts 2, id 16, body
@@ -5415,7 +5335,7 @@ class Engine {
 
   void start() {
     const std::lock_guard<std::mutex> lock(start_and_stop_);
-    if (std::exchange(started_, true)) throw std::runtime_error("a daemon starts only once");
+    if (thread_.joinable() || worker_ == nullptr) throw std::runtime_error("a daemon starts only once");
     for (const auto& listener : loop_.listeners())
       logger_.say(Level::kInfo, listener->kind, ": listening on ", listener->shown);
     broker_.on_change = [this](auto& topic, auto* channel, bool created) { cluster_.tell(topic, channel, created); };
@@ -5445,16 +5365,12 @@ class Engine {
       after_turn_.push_back(done);
     });
     try {
-      result.get();
-    } catch (const std::future_error&) {  // the task was thrown away
-      return false;
-    }
-    return true;
+      return result.get(), true;
+    } catch (const std::future_error&) { return false; }  // the task was thrown away
   }
   void on_loop(std::function<void()> task) {
     if (!try_on_loop(std::move(task))) throw std::runtime_error("the daemon is not running");
   }
-  void post(std::function<void()> task) { loop_.post(std::move(task)); }
 
   // ---- for publishers, consumers and administrators in the process, from any thread
   void publish(std::string_view topic, const std::string_view* bodies, size_t count, Duration delay) {
@@ -5466,7 +5382,7 @@ class Engine {
       throw std::invalid_argument("a delay is from 0 to max_req_timeout");
     Status status;
     on_loop([&] { status = broker_.topic(topic).publish(bodies, count, delay.count()); });
-    if (!status.ok()) throw std::runtime_error(status.error);
+    throw_unless(status);
   }
   void create(std::string_view topic, std::string_view channel, const std::function<void(Channel&)>& action = nullptr) {
     check_name(topic);
@@ -5476,7 +5392,7 @@ class Engine {
       Channel* made = broker_.topic(topic).channel(channel, status);
       if (made != nullptr && action) action(*made);
     });
-    if (!status.ok()) throw std::runtime_error(status.error);
+    throw_unless(status);
   }
   void create(std::string_view topic) {
     check_name(topic);
@@ -5488,19 +5404,20 @@ class Engine {
       made.set_ready(made.subscribe(by->port, by->info, options_.msg_timeout, 0), most);
     });
   }
-  bool with(std::string_view topic, const std::function<void(Topic&)>& action) {
+  /// Does something with a topic or channel, and tells whether it was there.
+  template <typename Action>
+  bool with(std::string_view topic, const Action& action) {
     Topic* found = nullptr;
     on_loop([&] {
-      found = broker_.find(topic);
-      if (found != nullptr) action(*found);
+      if ((found = broker_.find(topic)) != nullptr) action(*found);
     });
     return found != nullptr;
   }
-  bool with(std::string_view topic, std::string_view channel, const std::function<void(Channel&)>& action) {
+  template <typename Action>
+  bool with(std::string_view topic, std::string_view channel, const Action& action) {
     Channel* found = nullptr;
     with(topic, [&](Topic& parent) {
-      found = parent.find(channel);
-      if (found != nullptr) action(*found);
+      if ((found = parent.find(channel)) != nullptr) action(*found);
     });
     return found != nullptr;
   }
@@ -5523,18 +5440,17 @@ class Engine {
   }
   void connect_host() {
     host_.started_wall = broker_.now.wall;
-    host_.ask_auth = [this](V2Session& session) { cluster_.ask_auth(session); };
+    host_.ask_auth = [this](V2Session& session) {
+      const auto random = static_cast<size_t>(broker_.now.wall / kMicrosecond);
+      cluster_.ask_auth(session, random, options_.auth_http_address.size());
+    };
     host_.look_up = [this](std::string_view topic, Session& session) { return cluster_.look_up(topic, session); };
     host_.connections = [this] { return loop_.connections(); };
     host_.set_lookupds = [this](std::vector<std::string> addresses) {
       options_.lookupd_tcp_address = std::move(addresses);
       cluster_.set_peers(options_.lookupd_tcp_address);
     };
-    host_.each_client = [this](const std::function<void(const V2Session&)>& visit) {
-      loop_.each_session([&visit](const Session& session) {
-        if (const auto* client = dynamic_cast<const V2Session*>(&session)) visit(*client);
-      });
-    };
+    host_.each_session = [this](const std::function<void(const Session&)>& visit) { loop_.each_session(visit); };
   }
   void listen() {
     auto tcp = [this](const std::string& peer) {
@@ -5550,9 +5466,6 @@ class Engine {
     if (!options_.http_address.empty()) http_port_ = loop_.listen("HTTP", options_.http_address, http);
     if (options_.broadcast_tcp_port == 0) options_.broadcast_tcp_port = tcp_port_;
     if (options_.broadcast_http_port == 0) options_.broadcast_http_port = http_port_;
-    fill_in_statsd_prefix();
-  }
-  void fill_in_statsd_prefix() {
     std::string host = text(options_.broadcast_address, ":", options_.broadcast_http_port);
     std::replace_if(host.begin(), host.end(), [](char c) { return c == '.' || c == ':'; }, '_');
     std::string& prefix = options_.statsd_prefix;
@@ -5561,24 +5474,19 @@ class Engine {
   }
   void recover() {
     Recovery(broker_).run();
-    write_metadata(true);
-    if (metadata_error_.empty()) return;
-    throw std::runtime_error(text("failed to persist metadata - ", metadata_error_,
-                                  " (--data-path must be a directory that can be written to)"));
+    const Status status = replace_file(directory_, "nsqd.dat", broker_.metadata().json());
+    broker_.metadata_changed = broker_.metadata_awaited = false;
+    if (!status.ok()) throw std::runtime_error(text("failed to persist metadata - ", status.error,
+                                                    " (--data-path must be a directory that can be written to)"));
   }
 
   // ---- the loop's thread
   void run() {
     block_signals();
-    cluster_.start(static_cast<int>(options_.broadcast_tcp_port), static_cast<int>(options_.broadcast_http_port));
+    cluster_.set_peers(options_.lookupd_tcp_address);
     if (!options_.statsd_address.empty()) statsd_timer_.set(broker_.now.steady + options_.statsd_interval.count());
     while (!ending_) loop_.turn([this] { make_durable(); });
-    finish();
-    loop_.take_tasks(false);
-  }
-  /// Listeners, clients, metadata, topics, subsystems: the order in which nsqd ends.
-  void finish() {
-    over_ = true;
+    // Listeners, clients, metadata, topics, subsystems: the order in which nsqd ends.
     loop_.close_listeners("TCP");
     loop_.close_connections();
     loop_.close_listeners("HTTP");
@@ -5587,17 +5495,16 @@ class Engine {
     broker_.close();
     broker_.on_change = nullptr;
     if (!options_.lookupd_tcp_address.empty()) logger_.say(Level::kInfo, "LOOKUP: closing");
-    cluster_.stop();
+    cluster_.set_peers({});
     if (!options_.statsd_address.empty()) logger_.say(Level::kInfo, "STATSD: closing");
+    loop_.take_tasks(false);
   }
   void push_statsd() {
     statsd_timer_.set(broker_.now.steady + options_.statsd_interval.count());
-    StatsQuery query;
-    query.include_clients = false;
-    worker_->post([this, packets = statsd_.packets(take_stats(host_, query), options_, options_.statsd_prefix)] {
-      std::string why;
-      const auto found = resolve(options_.statsd_address, SOCK_DGRAM, 0, why);
-      if (found.empty()) return loop_.post([this, why] { logger_.say(Level::kError, "STATSD: ", why); });
+    worker_->post([this, packets = statsd_.packets(take_stats(host_, {{}, {}, false}), options_)] {
+      std::vector<SocketAddress> found;
+      const Status status = resolve(options_.statsd_address, SOCK_DGRAM, 0, found);
+      if (found.empty()) return loop_.post([this, status] { logger_.say(Level::kError, "STATSD: ", status.error); });
       const Fd fd = open_socket(found[0].family(), SOCK_DGRAM);
       for (const std::string& packet : packets)  // what the network does not take is lost, as UDP has it
         ::sendto(fd.get(), packet.data(), packet.size(), MSG_NOSIGNAL, found[0].get(), found[0].size);
@@ -5615,9 +5522,9 @@ class Engine {
   /// The worker does the job; then `note` is called here: before this returns if it is awaited, else in a later turn.
   void store(bool awaited, bool& busy, std::function<Status()> job, std::function<void(const Status&)> note) {
     if (awaited) {
-      Status status;
-      worker_->run_and_wait([&] { status = job(); });
-      return note(status);
+      const auto done = std::make_shared<std::promise<Status>>();
+      worker_->post([&job, done] { done->set_value(job()); });
+      return note(done->get_future().get());
     }
     busy = true;
     worker_->post([this, &busy, job = std::move(job), note = std::move(note)] {
@@ -5634,7 +5541,6 @@ class Engine {
     logger_.say(Level::kInfo, "NSQ: persisting topic/channel metadata to ", directory_, "/nsqd.dat");
     auto write = [this, json = broker_.metadata().json()] { return replace_file(directory_, "nsqd.dat", json); };
     store(awaited, writing_metadata_, write, [this](const Status& status) {
-      metadata_error_ = status.error;
       if (!status.ok()) logger_.say(Level::kError, "failed to persist metadata - ", status.error);
     });
   }
@@ -5658,9 +5564,10 @@ class Engine {
     sync_timer_.set(kNever);
     auto paths = std::exchange(storage.dirty, {});
     if (std::exchange(storage.new_names, false)) paths.push_back(directory_);
-    auto sync_all = [this, paths = std::move(paths)] {
+    auto sync_all = [this, awaited, paths = std::move(paths)] {
       Status status;
-      for (auto path = paths.begin(); path != paths.end() && status.ok() && !over_; ++path) status = sync_file(*path);
+      for (const std::string& path : paths)
+        if (status.ok() && (awaited || !ending_)) status = sync_file(path);
       return status;
     };
     store(awaited, syncing_, std::move(sync_all), [this, begun = broker_.now.steady](const Status& status) {
@@ -5681,15 +5588,12 @@ class Engine {
   Cluster cluster_;
   StatsdFeed statsd_;
   Timer sync_timer_, statsd_timer_;
-  std::string metadata_error_;  // of the last write of nsqd.dat
   int tcp_port_ = 0, http_port_ = 0;
-  bool ending_ = false;
-  std::atomic<bool> over_{false};  // for the worker: do not begin another fsync
-  int64_t next_sync_ = 0;          // not before that time
+  std::atomic<bool> ending_{false};  // for the loop, and for the worker: it does not begin another fsync
+  int64_t next_sync_ = 0;            // not before that time
   bool writing_metadata_ = false, syncing_ = false, sync_due_ = false;
   std::vector<std::shared_ptr<std::promise<void>>> after_turn_;
   std::mutex start_and_stop_;
-  bool started_ = false;
   std::thread thread_;
 };
 
@@ -5712,7 +5616,7 @@ inline Subscription& Subscription::operator=(Subscription&& other) noexcept {
 }
 inline Subscription::~Subscription() {
   if (consumer_ == nullptr || consumer_->closed) return;
-  consumer_->engine.post([consumer = consumer_] {
+  consumer_->engine.try_on_loop([consumer = consumer_] {
     consumer->ended({});
     consumer->port.dropped = true;
     consumer->port.attend();
