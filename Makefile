@@ -8,6 +8,7 @@ WARNINGS  = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror
 CXXFLAGS  = -std=$(STD) $(WARNINGS) -pthread -I.
 PREFIX   ?= /usr/local
 BUILD    ?= .build
+FUZZ_SECONDS ?= 60
 
 # Two compilations at a time: the program and its tests.
 MAKEFLAGS += --jobs=2
@@ -45,6 +46,16 @@ bench: nsqd
 	@$(MAKE) -s BUILD=$(BUILD)/bench TEST_OPT=-O2 $(BUILD)/bench/test
 	$(BUILD)/bench/test bench --bin ./nsqd
 
+# Looks for input that breaks something, for FUZZ_SECONDS at each target, with clang's libFuzzer. What it finds is in .build/fuzz.
+fuzz:
+	@mkdir -p $(BUILD)/fuzz/corpus
+	clang++ $(CXXFLAGS) -O1 -g -DNSQD_FUZZ -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined test.cpp -o $(BUILD)/fuzz/test
+	@$(BUILD)/fuzz/test $(BUILD)/fuzz/corpus >$(BUILD)/fuzz/targets
+	@while read name longest; do echo "== $$name"; \
+	  FUZZ=$$name $(BUILD)/fuzz/test -max_len=$$longest -max_total_time=$(FUZZ_SECONDS) -timeout=10 -entropic=0 -print_final_stats=1 \
+	    -verbosity=0 -artifact_prefix=$(BUILD)/fuzz/$$name- $(BUILD)/fuzz/corpus/$$name || exit 1; \
+	done <$(BUILD)/fuzz/targets
+
 install: nsqd
 	install -D -m 755 nsqd $(DESTDIR)$(PREFIX)/bin/nsqd
 	install -D -m 644 nsqd.hpp $(DESTDIR)$(PREFIX)/include/nsqd.hpp
@@ -52,4 +63,4 @@ install: nsqd
 clean:
 	rm -rf nsqd $(BUILD)
 
-.PHONY: all run test bench install clean
+.PHONY: all run test bench fuzz install clean

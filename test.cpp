@@ -245,7 +245,7 @@ int finish(const Running& run, int wait_status) {
   return status;
 }
 
-int run_all(const std::vector<const Test*>& chosen) {
+[[maybe_unused]] int run_all(const std::vector<const Test*>& chosen) {
   const char* root = std::getenv("TMPDIR");
   std::string base = std::string(root != nullptr ? root : "/tmp") + "/nsqd-test.XXXXXX";
   if (mkdtemp(base.data()) == nullptr) return std::perror(base.c_str()), 1;
@@ -3733,6 +3733,746 @@ TEST(with_topology_a_near_consumer_that_is_idle_comes_first) {
   CHECK_EQ(channel_count(d, "t", "c", "in_flight_count"), 0);
 }
 
+// =====================================================================================================================
+// Fuzzing
+//
+// Everything that reads bytes from outside, each with what must hold whatever the bytes are: a failed CHECK is a
+// finding, like a crash. The table of targets is at the end. `make fuzz` has libFuzzer look for such bytes; the test
+// after the table replays all seeds, and mutations of them that are always the same.
+// =====================================================================================================================
+
+namespace fuzz {
+
+using namespace nsqd::detail;
+using std::string_view;
+
+constexpr int64_t kHour = 3600 * kSecond;
+constexpr Now kStart{1000 * kSecond, 1700000000 * kSecond};
+
+// Steps of a script for sessions: bytes from kTurn on are no input but say what happens. None of them is part of UTF-8.
+constexpr uint8_t kTurn = 0xF5, kEnd = 0xFD, kSlow = 0xFE, kNext = 0xFF;  // kTurn + i: kPauses[i] pass
+constexpr std::array<int64_t, 8> kPauses = {
+    0, kMillisecond, 100 * kMillisecond, kSecond, 30 * kSecond, 60 * kSecond, 900 * kSecond, kHour};
+std::string op(uint8_t code) { return {static_cast<char>(code)}; }
+const std::string kThen = op(kTurn), kSoon = op(kTurn + 2), kLater = op(kTurn + 5), kMuchLater = op(kTurn + 7),
+                  kOther = op(kNext);
+
+nsqd::Options quiet() {
+  nsqd::Options options;
+  options.node_id = 1;
+  options.broadcast_address = "here";
+  options.max_bytes_per_file = kPageSize;
+  options.mem_queue_size = 50;
+  options.e2e_processing_latency_percentile = {0.5, 1.0};
+  options.log_level = nsqd::Level::kDebug;
+  options.log = [](string_view line) { CHECK(line.find('\n') == line.npos); };
+  return options;
+}
+std::string id_of(int message) {  // of those that are published when time has not moved yet
+  IdSource source(1);
+  for (; message > 0; message--) source.next(kStart.wall);
+  return {source.next(kStart.wall).text.data(), 16};
+}
+std::string with_body(const std::string& line, const std::string& body) {
+  return line + "\n" + be32(body.size()) + body;
+}
+
+// Takes all that was said; the bytes of a page are read while they are mapped.
+std::string taken(Output& out, size_t most = std::string::npos) {
+  std::string all;
+  std::array<iovec, 256> pieces;
+  for (bool more = true; more && all.size() < most;) {
+    std::string some;
+    const size_t count = out.gather(pieces.data(), pieces.size());
+    for (size_t i = 0; i < count; i++) some.append(static_cast<const char*>(pieces[i].iov_base), pieces[i].iov_len);
+    some.resize(std::min(some.size(), most - all.size()));
+    out.settle(some.size());
+    more = !some.empty();
+    all += some;
+  }
+  return all;
+}
+
+// Whole frames and nothing else. Returns the messages, without the frame's head.
+std::vector<string_view> messages_in(string_view out) {
+  std::vector<string_view> messages;
+  while (!out.empty()) {
+    CHECK(out.size() >= 8);
+    const size_t size = from_be(out.substr(0, 4)), type = from_be(out.substr(4, 4));
+    CHECK(size >= 4 && size <= out.size() - 4 && type <= 2);
+    if (type == 2) messages.push_back(out.substr(8, size - 4));
+    CHECK(type != 2 || (size > 4 + 26 && from_be(messages.back().substr(8, 2)) > 0));
+    out.remove_prefix(4 + size);
+  }
+  return messages;
+}
+// Whole responses and nothing else; those to HEAD have no body.
+void check_responses(string_view out) {
+  while (!out.empty()) {
+    CHECK_EQ(out.substr(0, 7), "HTTP/1.");
+    const size_t end = out.find("\r\n\r\n");
+    CHECK(end != out.npos);
+    const std::string head(out.substr(0, end));
+    for (size_t at = 0; (at = head.find_first_of("\r\n", at)) != head.npos; at += 2)
+      CHECK_EQ(head.substr(at, 2), "\r\n");
+    out.remove_prefix(end + 4);
+    const size_t length = head.find("Content-Length: ");
+    const size_t body = length == head.npos ? 0 : static_cast<size_t>(std::atoll(head.c_str() + length + 16));
+    if (out.empty() || out.substr(0, 7) == "HTTP/1.") continue;
+    CHECK(body <= out.size());
+    out.remove_prefix(body);
+  }
+}
+
+// Takes and finishes all that a channel has, whatever it waits for. Nothing may be left then.
+Strings consume(Broker& broker, Channel& channel) {
+  Port port;
+  const ClientInfo info;
+  Consumer& consumer = channel.subscribe(port, info, 1min, 0);
+  channel.pause(false);
+  channel.topic.pause(false);
+  channel.set_ready(consumer, 2500);
+  Strings bodies;
+  for (int idle = 0; idle < 3;) {
+    broker.pump();
+    const std::string out = taken(port.out);
+    broker.after_write();
+    for (const string_view message : messages_in(out)) {
+      bodies.emplace_back(message.substr(26));
+      CHECK_EQ(channel.finish(consumer, MessageId::from(message.data() + 10)), "");
+    }
+    if (!out.empty()) continue;
+    idle++;
+    broker.now = {broker.now.steady + 2 * kHour, broker.now.wall + 2 * kHour};
+    broker.timers.run(broker.now.steady);
+  }
+  CHECK_EQ(channel.depth() + channel.backend_depth() + channel.deferred_count() + channel.in_flight_count(), 0);
+  channel.unsubscribe(consumer);
+  return bodies;
+}
+
+// A broker in memory and its sessions, driven as the loop drives them.
+struct Stage {
+  struct Wire {
+    char kind;  // V: a client, H: one that speaks HTTP, D: a peer that we have dialled
+    std::shared_ptr<Session> session = nullptr;
+    std::string input = {}, output = {};
+    bool ended = false, slow = false, connected = false;
+  };
+
+  nsqd::Options options;
+  Logger logger{options};
+  Broker broker{options, logger, ""};
+  Host host{broker};
+  std::deque<Wire> wires;
+  std::unique_ptr<Cluster> cluster;
+
+  Stage(const std::string& kinds, const nsqd::Options& with) : options(with) {
+    broker.now = kStart;
+    host.look_up = [this](string_view topic, Session& session) {
+      return cluster != nullptr && cluster->look_up(topic, session);
+    };
+    host.ask_auth = [this](V2Session& session) { cluster->ask_auth(session); };
+    host.set_lookupds = [](const Strings&) {};
+    host.connections = [this] { return wires.size(); };
+    host.each_client = [this](const std::function<void(const V2Session&)>& visit) {
+      for (Wire& wire : wires)
+        if (wire.kind == 'V' && wire.session != nullptr) visit(static_cast<V2Session&>(*wire.session));
+    };
+    for (const char kind : kinds) wires.push_back({kind});
+  }
+  ~Stage() {
+    cluster.reset();
+    wires.clear();
+  }
+
+  void dial(const std::shared_ptr<Session>& session) {
+    const auto unused =
+        std::find_if(wires.begin(), wires.end(), [](const Wire& w) { return w.kind == 'D' && w.session == nullptr; });
+    Wire& wire = unused != wires.end() ? *unused : wires.emplace_back();
+    wire = {'D', session};
+  }
+  void feed(Wire& wire, string_view bytes) {
+    if (wire.session == nullptr && wire.kind == 'V')
+      wire = {'V', std::make_shared<V2Session>(host, "1.2.3.4:5", "1.2.3.4")};
+    if (wire.session == nullptr && wire.kind == 'H')
+      wire = {'H', std::make_shared<HttpSession>(host, options, logger, "1.2.3.4:5",
+                                                 [] { return std::make_pair(4150, 4151); })};
+    if (wire.session == nullptr || (wire.kind == 'D' && !wire.connected)) return;
+    Session& session = *wire.session;
+    const Port& port = session.port;
+    wire.input += bytes;
+    const std::vector<char> exact(wire.input.begin(),
+                                  wire.input.end());  // so that a sanitizer sees who looks beyond it, or too late
+    const string_view input(exact.data(), exact.size());
+    size_t used = 0;
+    if (!session.parked && !port.closing && !port.dropped) used = session.feed(input);
+    CHECK(used <= input.size());
+    if (!session.parked && !port.closing && (wire.ended || session.late))
+      session.ended(input.substr(std::exchange(used, input.size())));
+    wire.input.erase(0, port.closing || port.dropped ? input.size() : used);
+  }
+  void turn(int64_t pause = 0) {
+    broker.now = {broker.now.steady + pause, broker.now.wall + pause};
+    for (size_t i = 0; i < wires.size(); i++)
+      if (wires[i].kind == 'D' && wires[i].session != nullptr && !std::exchange(wires[i].connected, true))
+        wires[i].session->connected();
+    broker.timers.run(broker.now.steady);
+    for (size_t i = 0; i < wires.size(); i++) {
+      const auto session = wires[i].session;
+      if (session != nullptr && (session->late || wires[i].ended || std::exchange(session->resumed, false)))
+        feed(wires[i], "");
+    }
+    broker.pump();
+    for (size_t i = 0; i < wires.size(); i++) write(wires[i]);
+    broker.after_write();
+  }
+  void write(Wire& wire) {
+    if (wire.session == nullptr) return;
+    Session& session = *wire.session;
+    const std::string out = taken(session.port.out, wire.slow ? 5 : std::string::npos);
+    wire.output += out;
+    session.written += out.size();
+    if (!out.empty()) session.drained();
+    if (!session.port.dropped && !(session.port.closing && session.port.out.empty())) return;
+    wire.output += taken(session.port.out);
+    if (wire.kind == 'V') messages_in(wire.output);
+    if (wire.kind == 'H') check_responses(wire.output);
+    wire.output.clear();
+    const auto gone = std::move(wire.session);
+    wire.session = nullptr;
+  }
+
+  void play(string_view script) {
+    std::string piece;
+    size_t at = 0;
+    for (const char c : std::string(script) + op(kTurn)) {
+      const auto code = static_cast<uint8_t>(c);
+      if (code < kTurn) piece += c;
+      if (code < kTurn) continue;
+      feed(wires[at], std::exchange(piece, ""));
+      if (code == kEnd) wires[at].ended = true;
+      if (code == kSlow) wires[at].slow = !wires[at].slow;
+      turn(code < kEnd ? kPauses[code - kTurn] : 0);
+      if (code == kNext) at = (at + 1) % wires.size();
+    }
+    for (const char kind : {'D', 'V', 'H'}) {  // the end of all, in an order in which nobody may be left waiting
+      for (int i = 0; i < 8; i++) {
+        for (Wire& wire : wires) wire.ended = wire.ended || wire.kind == kind;
+        for (Wire& wire : wires) wire.slow = false;
+        turn(kind == 'D' ? kSecond : 0);
+      }
+      for (const Wire& wire : wires) CHECK(wire.session == nullptr || !wire.session->parked);
+      for (const Wire& wire : wires) CHECK(kind == 'D' || wire.kind != kind || wire.session == nullptr);
+    }
+    const std::string stats = stats_json(take_stats(host, {}), {"", "", true, false}, true);
+    JsonParser parser(stats);
+    parser.parse();
+    CHECK_EQ(parser.error, "");
+    for (const auto& [name, topic] : broker.topics) {
+      CHECK(topic->depth() >= 0);
+      for (const auto& [channel_name, channel] : topic->channels)
+        if (!channel->ephemeral) consume(broker, *channel);
+    }
+  }
+};
+
+void tcp(string_view in) { Stage("VVH", quiet()).play(in); }
+void http(string_view in) { Stage("HVH", quiet()).play(in); }
+// The first connection is a client's, the others are nsqlookupd's and the auth server's.
+void peer(string_view in) {
+  nsqd::Options options = quiet();
+  options.lookupd_tcp_address = {"lookup:1"};
+  options.auth_http_address = {"auth:1"};
+  Stage stage("V", options);
+  stage.cluster = std::make_unique<Cluster>(
+      stage.broker, [&stage](const std::string&, const std::shared_ptr<Session>& to) { stage.dial(to); });
+  stage.broker.on_change = [&stage](const Topic& topic, const Channel* channel, bool created) {
+    stage.cluster->tell(topic, channel, created);
+  };
+  stage.cluster->start(4150, 4151);
+  stage.play(in);
+  stage.broker.on_change = nullptr;
+}
+
+void pattern(string_view in) {
+  const Pattern pattern{std::string(in)};
+  for (const char* name : {"orders", "orders.eu-1_x#ephemeral", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"})
+    CHECK(pattern.valid() || !pattern.matches(name));
+}
+
+// Written by the writer and read again, it is the same.
+void write_json(JsonWriter& json, const Json& value) {
+  using Type = Json::Type;
+  if (value.is(Type::kNull)) json.raw("null");
+  if (value.is(Type::kBool)) json.value(value.boolean);
+  if (value.is(Type::kNumber)) json.raw(value.string);
+  if (value.is(Type::kString)) json.value(value.string);
+  if (!value.is(Type::kArray) && !value.is(Type::kObject)) return;
+  json.open(value.is(Type::kArray) ? '[' : '{');
+  for (size_t i = 0; i < value.items.size(); i++) {
+    if (value.is(Type::kObject)) json.key(value.keys[i]);
+    write_json(json, value.items[i]);
+  }
+  json.close(value.is(Type::kArray) ? ']' : '}');
+}
+void json(string_view in) {
+  std::string before(in);
+  for (int round = 0; round < 3; round++) {
+    JsonParser parser(before);
+    const Json value = parser.parse();
+    if (round == 0 && !parser.error.empty()) return CHECK_HAS(parser.error, " at line ");
+    CHECK_EQ(parser.error, "");
+    JsonWriter writer;
+    write_json(writer, value);
+    if (round == 2) CHECK_EQ(writer.out, before);
+    before = writer.out;
+  }
+}
+
+// Options are refused with a reason, or can be shown: some of them, another part for inputs of another length.
+void check_options(const Strings& arguments, const std::string& file, size_t length) {
+  try {
+    nsqd::Options options = options_of(arguments);
+    complete_options(options);
+    for (size_t i = length % 10; i < nsqd::detail::flags().size(); i += 10) {
+      const auto shown = show_option(options, nsqd::detail::flags()[i].key_text());
+      JsonParser parser(shown ? string_view(shown->value) : "null");
+      if (shown && shown->json) parser.parse();
+      CHECK_EQ(parser.error, "");
+    }
+  } catch (const nsqd::EarlyExit& refused) {
+    CHECK(refused.what() != std::string() && refused.status == (refused.to_stdout ? 0 : 2));
+  } catch (const Failed&) {
+    throw;
+  } catch (const std::runtime_error& refused) {
+    const std::string why = refused.what();
+    CHECK(why.find(file) != why.npos || why.find("failed to instantiate") == 0 || why.find("Could not parse") == 0);
+  }
+}
+void flags(string_view in) {
+  Strings arguments;
+  for (string_view rest = in.substr(0, in.find('\0')); !rest.empty();) arguments.emplace_back(cut(rest, '\n'));
+  for (const auto& argument : arguments)
+    if (argument.find("config") != argument.npos) return;  // there is a target for files
+  check_options(arguments, "", in.size());
+}
+
+// A folder of this process, in memory where that can be had.
+const std::string& data_path() {
+  struct Folder {
+    std::string path =
+        (::access("/dev/shm", W_OK) == 0 ? "/dev/shm" : std::filesystem::temp_directory_path().string()) +
+        "/nsqd-fuzz.XXXXXX";
+    Folder() { CHECK(mkdtemp(path.data()) != nullptr); }
+    ~Folder() { std::filesystem::remove_all(path); }
+  };
+  static const Folder folder;
+  return folder.path;
+}
+void put(const std::string& name, string_view content) {
+  const Fd file(::open((data_path() + "/" + name).c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600));
+  CHECK(file && write_whole(file.get(), content, name).ok());
+}
+const std::string kNames =
+    "{\"topics\":[{\"name\":\"t\",\"paused\":false,\"channels\":[{\"name\":\"c\",\"paused\":false}]}],\"version\":\"1."
+    "3.0\"}";
+const std::string kSegment = "t.00000000000000000000.segment", kLedger = "t:c.ledger";
+
+void config(string_view in) {
+  put("nsqd.cfg", in);
+  check_options({"--config=" + data_path() + "/nsqd.cfg"}, data_path(), in.size());
+}
+
+// Starts on these files, consumes all, and starts again: what came was whole and is finished, and what was published
+// since has come, too. Returns the bodies.
+Strings recovered(const std::vector<std::pair<std::string, string_view>>& content) {
+  for (const auto& name : files(data_path())) ::unlink((data_path() + "/" + name).c_str());
+  for (const auto& [name, bytes] : content) put(name, bytes);
+  Strings bodies;
+  for (const string_view more : {"more", "again"}) {
+    const nsqd::Options options = quiet();
+    Logger logger(options);
+    Broker broker(options, logger, data_path());
+    broker.now = kStart;
+    try {
+      Recovery(broker).run();
+    } catch (const std::runtime_error& refused) {
+      if (dynamic_cast<const Failed*>(&refused) != nullptr) throw;
+      CHECK_HAS(refused.what(), data_path());
+      CHECK_EQ(more, "more");
+      return {};
+    }
+    Status status;
+    Topic& topic = broker.topic("t");
+    Channel* const channel = topic.channel("c", status);
+    CHECK(channel != nullptr && topic.publish(&more, 1, 0).ok());
+    Strings came = consume(broker, *channel);
+    const auto last = std::find(came.begin(), came.end(), more);
+    CHECK(last != came.end());
+    came.erase(last);
+    if (more == "more")
+      bodies = came;
+    else
+      CHECK_EQ(came, Strings());
+    put("nsqd.dat", broker.metadata().json());
+    broker.close();
+  }
+  return bodies;
+}
+
+// What a daemon leaves: one message finished, one in flight, one put off, one requeued, two that wait; one of these is
+// deferred.
+std::map<std::string, std::string> stored() {
+  for (const auto& name : files(data_path())) ::unlink((data_path() + "/" + name).c_str());
+  const nsqd::Options options = quiet();
+  Logger logger(options);
+  Broker broker(options, logger, data_path());
+  broker.now = kStart;
+  Status status;
+  Topic& topic = broker.topic("t");
+  Channel& channel = *topic.channel("c", status);
+  Port port;
+  const ClientInfo info;
+  Consumer& consumer = channel.subscribe(port, info, 1min, 0);
+  const std::array<string_view, 6> bodies = {"zero", "one", "two", "three", "four", "five"};
+  for (size_t i = 0; i < bodies.size(); i++) CHECK(topic.publish(&bodies[i], 1, i == 4 ? kHour : 0).ok());
+  channel.set_ready(consumer, 4);
+  broker.pump();
+  const std::string out = taken(port.out);
+  const auto messages = messages_in(out);
+  CHECK_EQ(channel.finish(consumer, MessageId::from(messages[0].data() + 10)), "");
+  CHECK_EQ(channel.requeue(consumer, MessageId::from(messages[2].data() + 10), kHour / 2), "");
+  channel.set_ready(consumer, 0);
+  CHECK_EQ(channel.requeue(consumer, MessageId::from(messages[3].data() + 10), 0), "");
+  broker.close();
+  return {{kSegment, read_file(data_path() + "/" + kSegment)}, {kLedger, read_file(data_path() + "/" + kLedger)}};
+}
+
+// The first byte says whether the checksums are made to fit, the second how many slots the end of the input is. The
+// rest is the begin of the file; zeros between them fill a page.
+void segment(string_view in) {
+  if (in.size() < 2 || in.size() > kPageSize) return;
+  const bool fits = in[0] != 0;
+  const size_t slots = std::min<size_t>(static_cast<uint8_t>(in[1]), (in.size() - 2) / 8),
+               end = in.size() - 2 - 8 * slots;
+  std::string file(kPageSize, '\0');
+  in.copy(file.data(), end, 2);
+  in.copy(file.data() + file.size() - 8 * slots, 8 * slots, 2 + end);
+  if (fits) store(&file[32], checksum(0, file.data(), 32));
+  for (size_t i = 0; fits && i < slots; i++) {
+    char* const slot = file.data() + file.size() - 8 * (i + 1);
+    const size_t at = load<uint32_t>(slot) & 0x7FFFFFFF, begin = at - (load<uint32_t>(slot) != at ? 8 : 0);
+    if (at < 64 || at > file.size() - 64) continue;
+    put_be(file.data() + at + 4, uint32_t{2});  // only what was written as a message has a sum that fits
+    put_be(file.data() + at + 16, uint16_t{1});
+    const size_t size = at - begin + 4 + from_be(string_view(file).substr(at, 4));
+    if (size <= file.size() - begin) store(slot + 4, checksum(i, file.data() + begin, size));
+  }
+  for (const auto& body : recovered({{"nsqd.dat", kNames}, {kSegment, file}})) CHECK(file.find(body) != file.npos);
+}
+// The bits of the first byte make the numbers of slots fit, say that the machine has run since, and make the total fit.
+void ledger(string_view in) {
+  static const std::string messages = stored().at(kSegment);
+  static const std::string boot = read_file("/proc/sys/kernel/random/boot_id");
+  if (in.empty() || in.size() > kPageSize) return;
+  std::string file(kPageSize, '\0');
+  in.copy(file.data(), in.size() - 1, 1);
+  const auto seal = [&](size_t at) {
+    if (const auto word = load<uint64_t>(&file[at])) store(&file[at], Ledger::sealed(word >> 16 & 15));
+  };
+  for (size_t at = Ledger::kSlots; (in[0] & 1) != 0 && at < kPageSize; at += Ledger::kSlot) seal(at);
+  for (const size_t at : {Ledger::kCursor, Ledger::kSafe})
+    if ((in[0] & 1) != 0) seal(at);
+  if ((in[0] & 2) != 0) store(&file[Ledger::kBoot], uint64_t{checksum(1, boot.data(), boot.size())});
+  if ((in[0] & 4) != 0)
+    store(&file[Ledger::kTotal],
+          checksum(load<uint64_t>(&file[Ledger::kCursor]), &file[Ledger::kSlots], file.size() - Ledger::kSlots));
+  for (const auto& body : recovered({{"nsqd.dat", kNames}, {kSegment, messages}, {kLedger, file}}))
+    CHECK(messages.find(body) != messages.npos);
+}
+void metadata(string_view in) {
+  if (recovered({{"nsqd.dat", in}}) != Strings()) fail(__LINE__, "a message out of nothing");
+  CHECK_EQ(Metadata::parse(kNames, "").json(), kNames);
+}
+// Whose queue, then its metadata and files, with a line "--" between them.
+void diskqueue(string_view in) {
+  if (in.empty()) return;
+  const std::string queue = in[0] == 't' ? "t" : "t:c";
+  string_view rest = in.substr(1);
+  std::vector<std::pair<std::string, string_view>> content = {{"nsqd.dat", kNames}};
+  for (const char* name : {"meta", "000000", "000001", "9223372036854775807"}) {
+    const string_view part = take_front(rest, rest.find("\n--\n"));
+    rest.remove_prefix(std::min<size_t>(4, rest.size()));
+    content.emplace_back(queue + ".diskqueue." + name + ".dat", part);
+  }
+  for (const auto& body : recovered(content)) CHECK(in.find(body) != in.npos);
+}
+
+// ---- Seeds: good examples, and what was found once
+
+std::string frame(const std::string& data) { return be32(data.size()) + data; }
+std::string request(const std::string& line, const std::string& body = "", const std::string& headers = "") {
+  const std::string length = body.empty() ? "" : "Content-Length: " + std::to_string(body.size()) + "\r\n";
+  return line + " HTTP/1.1\r\nHost: here\r\n" + headers + length + "\r\n" + body;
+}
+std::string answer(const std::string& body, const std::string& headers = "") {
+  return "HTTP/1.1 200 OK\r\n" + headers + "\r\n" + body;
+}
+
+Strings tcp_seeds() {
+  const std::string hello =
+      "  V2" +
+      with_body("IDENTIFY",
+                "{\"client_id\":\"a\",\"msg_timeout\":2000,\"heartbeat_interval\":1000,\"feature_negotiation\":true}");
+  const std::string many = with_body("MPUB t", be32(2) + frame("two") + frame(std::string(700, '3')));
+  const std::string ids =
+      "FIN " + id_of(0) + "\nREQ " + id_of(1) + " 50\nTOUCH " + id_of(2) + "\nREQ " + id_of(2) + " 0\n";
+  return {
+      hello + "SUB t c\nRDY 5\n" + kThen + with_body("PUB t", "one") + many + with_body("DPUB t 1000", "later") +
+          kThen + ids + kSoon + "NOP\nCLS\nFIN " + id_of(2) + "\n" + kLater + "FIN " + id_of(3) + "\n",
+      hello + "SUB t c#ephemeral\nRDY 1\n" + kOther + "  V2" + with_body("PUB t", "one") + many + kOther +
+          request("GET /stats?format=json") + request("POST /channel/pause?topic=t&channel=c%23ephemeral") + kLater +
+          kOther + op(kEnd) + kMuchLater,
+      "  V2" + with_body("IDENTIFY", "{\"sample_rate\":50,\"output_buffer_size\":-1,\"heartbeat_interval\":-1}") +
+          many + "SUB t c\n",
+      "  V2" + with_body("IDENTIFY", "{\"sample_rate\":9}") + "SUB t c\nRDY 2500\n" + kOther + "  V2" + many + many +
+          with_body("PUB t", std::string(60, 'x')) + kThen + kOther + request("POST /channel/empty?topic=t&channel=c") +
+          request("POST /topic/delete?topic=t"),
+      hello + "SUB t c\nRDY 100\n" + op(kSlow) + many + many + kSoon + "FIN " + id_of(3) + "\nRDY 0\n" + op(kEnd) +
+          kOther + "  V2SUB t c\nRDY 9\n" + kLater + kLater,
+      "  V1",
+      "  V2PUB t\n" + be32(0x80000001),
+      "  V2NO\n",
+      "  V2SUB t\n",
+      "  V2SUB t c\nSUB t c\n",
+      "  V2AUTH\n" + frame("x"),
+  };
+}
+Strings http_seeds() {
+  const std::string chunked =
+      "POST /pub?topic=t HTTP/1.1\r\nHost: here\r\nExpect: 100-continue\r\nTransfer-Encoding: "
+      "chunked\r\n\r\n3;x=y\r\nabc\r\n0A\r\n0123456789\r\n0\r\nA: b\r\n\r\n";
+  std::string all, config;
+  for (const char* line :
+       {"POST /topic/create?topic=t", "POST /channel/create?topic=t&channel=c", "POST /topic/pause?topic=t",
+        "POST /topic/unpause?topic=t", "POST /channel/pause?topic=t&channel=c",
+        "POST /channel/unpause?topic=t&channel=c", "POST /channel/empty?topic=t&channel=c", "GET /ping", "GET /info",
+        "GET /stats", "GET /stats?format=json&topic=t&channel=c&include_clients=0&include_mem=false", "GET /metrics",
+        "POST /topic/empty?topic=t", "POST /channel/delete?topic=t&channel=c", "POST /topic/delete?topic=t"})
+    all += request(line);
+  for (const Flag& flag : nsqd::detail::flags()) config += request("GET /config/" + flag.key_text());
+  return {
+      all,
+      config,
+      chunked + chunked + kThen + request("GET /stats"),
+      request("POST /pub?topic=t&defer=1000", "one") + request("POST /mpub?topic=t", "a\nb\n\nc") +
+          request("POST /mpub?topic=t&binary=true", be32(2) + frame("x") + frame("yy")) + kOther +
+          "  V2SUB t c\nRDY 2\n" + kOther + request("GET /stats") + kLater,
+      request("PUT /config/log_level", "debug") + request("PUT /config/nsqlookupd_tcp_addresses", "[\"a:1\"]"),
+      request("GET /", "", "Accept: text/html\r\n") + request("OPTIONS *") + request("HEAD /ping") +
+          request("PUT /ping") + request("GET //Ping/../ping?a=%20+b") + request("GET /config//%61%0a") +
+          request("GET //ping?a\rb"),
+      request("POST /topic/create?topic=t", "", "Origin: http://here\r\nSec-Fetch-Site: same-origin\r\n") +
+          "GET http://here/ping HTTP/1.0\r\nConnection: keep-alive\r\n\r\nGET /ping HTTP/1.0\n\n",
+      request("POST /pub?topic=%zz", "a") + "BAD\r\n\r\n",
+      request("POST /pub?topic=t", "", "Content-Length: 99999999\r\n"),
+      request("GET /ping", "", "Content-Length: 1\r\nContent-Length: 2\r\n"),
+  };
+}
+Strings peer_seeds() {
+  const std::string hello = "  V2" + with_body("AUTH", "secret") + kOther,
+                    told = frame("{\"broadcast_address\":\"lookup\",\"http_port\":4161}") + kOther;
+  const auto granted = [](const std::string& patterns) {
+    return answer("{\"ttl\":60,\"identity\":\"me\",\"identity_url\":\"u\",\"authorizations\":[{\"topic\":\"" +
+                  patterns + "\",\"channels\":[\".*\"],\"permissions\":[\"publish\",\"subscribe\"]}]}") +
+           op(kEnd);
+  };
+  const std::string channels = answer("{\"channels\":[\"c\",\"d\",\"x#ephemeral\",1]}");
+  const std::string pub = with_body("PUB t", "one"),
+                    chunked = answer("e\r\n{\"channels\":[]\r\n1\r\n}\r\n0\r\n\r\n", "Transfer-Encoding: chunked\r\n");
+  return {hello + told + granted("^t$") + kOther + pub + kOther + frame("OK") + kOther + channels + op(kEnd) + kOther +
+              "SUB t c\n" + kLater + pub,
+          hello + told + granted("\\\\w+[\\\\d-]*(?:x)?") + kOther + "SUB t c\nRDY 1\n" + kOther + kOther + chunked,
+          hello + told + "HTTP/1.1 403 Forbidden\r\n\r\n" + op(kEnd),
+          hello + kLater + kMuchLater,
+          hello + told + answer("{}", "Content-Length: 2\r\n"),
+          hello + frame("E_BAD") + kLater};
+}
+Strings pattern_seeds() {
+  std::string nested = std::string(20, '(') + "a";
+  for (int i = 0; i < 20; i++) nested += ")+";
+  return {"^orders$",
+          ".*",
+          "[a-z]+\\.eu(?:-\\d)?",
+          "[\\w\\-\\].]*|x{2,3}",
+          "(a|b)*c\\S",
+          "\\",
+          "[",
+          "(((a{255}){255}){255}){255}",
+          nested,
+          "()()\\w+b*(||(||){0,9}()b*)+",
+          "(((((((||||||||)+)(()+)+)+)+)+\\w+||)+)(()+)+)+",
+          std::string(13, '(') + nested.substr(21),
+          "(a*)*\\1b",
+          std::string(60, '('),
+          "[[:alpha:]]{1,64}[^]a]+"};
+}
+Strings json_seeds() {
+  return {"{\"a\":[1,-2.5e+3,true,false,null,\"\\u00e9\\ud83d\\ude00\\n<\xE2\x80\xA8\"],\"b\":{\"c\":{}},\"\":[]}",
+          std::string(70, '['),
+          " 0 ",
+          "\"\xff\\ud800\"",
+          "{\"a\":1,}",
+          "[1e5,01]"};
+}
+// What the function says of each flag that is a setting, five of them in a seed; then the seeds that are given.
+Strings of_all_flags(const std::function<std::string(const Flag&)>& line, const Strings& others) {
+  Strings seeds;
+  for (const Flag& flag : nsqd::detail::flags()) {
+    if (flag.key.empty()) continue;
+    if (seeds.empty() || std::count(seeds.back().begin(), seeds.back().end(), '\n') == 5) seeds.emplace_back();
+    seeds.back() += line(flag) + "\n";
+  }
+  seeds.insert(seeds.end(), others.begin(), others.end());
+  return seeds;
+}
+Strings config_seeds() {
+  const auto line = [](const Flag& flag) {
+    const bool words = flag.sets<std::string>() || flag.sets<Texts>();
+    return flag.key_text() + " = " +
+           (words                  ? "\"x\""
+            : flag.sets<Numbers>() ? "[0.5, 1.0]"
+            : flag.is_bool()       ? "false"
+                                   : "1_000");
+  };
+  return of_all_flags(line, {"# a\nmsg_timeout = \"1h2m3.5s\" # b\nnsqlookupd_tcp_addresses = [\n  \"a:1\", # c\n  "
+                             "'b:2',\n]\n[table]\nx = 1\n[[list]]\ny.\"z\" = { a = 0x1F, b = 1.5 }\nw = 1979-05-27\n",
+                             "e2e_processing_latency_percentiles = [nan, 1.0]\nlog_level = \"debug\"\nid = -1",
+                             "a = \"\\u0041", "a = [1, 2", "a"});
+}
+Strings flags_seeds() {
+  std::string nans = "--e2e-processing-latency-percentile=";
+  for (int i = 0; i < 20; i++) nans += i % 3 == 0 ? "nan," : "0.5,1,";
+  const auto line = [](const Flag& flag) { return "--" + std::string(flag.name) + "=" + default_text(flag); };
+  return of_all_flags(line,
+                      {nans + "1", "-tcp-address\n1.2.3.4:5\n--mem-only\n--sync-every=0x_10\n--\nx",
+                       "--msg-timeout=1h2m3.000000001s\n--max-msg-timeout=-1.5us", "--help", "-version", "--mem-onyl",
+                       "--log-level=WARN\n-snappy=f", "--=x", "-e2e-processing-latency-percentile=0.5,x"});
+}
+Strings segment_seeds() {
+  const std::string file = stored().at(kSegment), slots = file.substr(file.size() - 48),
+                    frames = file.substr(0, file.find("five") + 4);
+  const std::string twice = std::string(slots).replace(slots.size() - 16, 4, slots, slots.size() - 8, 4);
+  return {op(0) + op(6) + frames + slots, op(1) + op(6) + frames + slots,
+          op(0) + op(5) + frames.substr(0, frames.size() - 3) + slots.substr(8), op(1) + op(2) + std::string(90, 'x'),
+          op(1) + op(6) + frames + twice};
+}
+Strings ledger_seeds() {
+  const std::string file = stored().at(kLedger);
+  Strings seeds;
+  for (uint8_t how = 0; how < 8; how++) seeds.push_back(op(how) + file.substr(0, file.find_last_not_of('\0') + 1));
+  std::string gap = file.substr(0, Ledger::kSlots + 11 * Ledger::kSlot);  // one that goes beyond what is stored
+  char* const slot = &gap[gap.size() - Ledger::kSlot];
+  store(slot, Ledger::sealed(5));
+  store(slot + 8, uint64_t{100});
+  store(slot + 18, Ledger::kGap);
+  seeds.push_back(op(2) + gap);
+  return seeds;
+}
+Strings metadata_seeds() {
+  return {kNames,
+          "{\"topics\":[{\"name\":\"t\",\"paused\":true,\"channels\":null},{\"name\":\"t\",\"channels\":[{\"name\":"
+          "\"c\",\"paused\":true},{\"name\":\"e#ephemeral\",\"paused\":false},{\"name\":\"a/b\"}]},"
+          "{\"name\":\"e#ephemeral\",\"paused\":false,\"channels\":[]}],\"version\":\"1.3.0\"}",
+          "{\"topics\":null}",
+          "{}",
+          "[]",
+          "{\"topics\":[{\"name\":1}]}"};
+}
+Strings diskqueue_seeds() {
+  const std::string one = disk_records("m", 0, 4), two = disk_records("m", 4, 6), all = "\n--\n" + one + "\n--\n" + two,
+                    read = std::to_string(one.size() / 4);
+  return {"t6\n0,0\n1," + std::to_string(two.size()) + "\n" + all,
+          "c5\n0," + read + "\n1,99\n" + all,
+          "c2\n1,0\n1,1\n" + all,
+          "t" + all,
+          "c1\n0,7\n0,1\n" + all,
+          "t0\n9,0\n9,0\n" + all,
+          "t2\n9223372036854775807,0\n0,0\n" + all + "\n--\n" + one,
+          "t1\n0,0\n0,1\n\n--\n" + one.substr(0, 50),
+          "c1\n0,0\n0,1\n\n--\n" + disk_record(id_of(0), std::numeric_limits<int64_t>::min() + 5, 1, "x")};
+}
+
+struct Target {
+  const char* name;
+  int longest;  // input, in bytes
+  void (*run)(string_view);
+  Strings (*seeds)();
+};
+constexpr std::array<Target, 11> kTargets = {{
+    {"tcp", 4096, tcp, tcp_seeds},
+    {"http", 8192, http, http_seeds},
+    {"peer", 2048, peer, peer_seeds},
+    {"pattern", 64, pattern, pattern_seeds},
+    {"json", 512, json, json_seeds},
+    {"config", 512, config, config_seeds},
+    {"flags", 256, flags, flags_seeds},
+    {"segment", 1024, segment, segment_seeds},
+    {"ledger", 512, ledger, ledger_seeds},
+    {"metadata", 1024, metadata, metadata_seeds},
+    {"diskqueue", 1024, diskqueue, diskqueue_seeds},
+}};
+
+// As an engine does it: some bits turned, bytes replaced, parts cut out, doubled, or taken from another input.
+std::string mutated(std::string bytes, const std::string& other, uint32_t& dice) {
+  const auto random = [&dice](size_t below) {
+    dice ^= dice << 13;
+    dice ^= dice >> 17;
+    dice ^= dice << 5;
+    return dice % std::max<size_t>(below, 1);
+  };
+  for (size_t changes = 1 + random(3); changes > 0 && !bytes.empty(); changes--) {
+    const size_t at = random(bytes.size()), size = 1 + random(std::min<size_t>(bytes.size() - at, 40));
+    switch (random(5)) {
+      case 0:
+        bytes[at] = static_cast<char>(bytes[at] ^ (1 << random(8)));
+        break;
+      case 1:
+        bytes[at] = static_cast<char>(random(256));
+        break;
+      case 2:
+        bytes.erase(at, size);
+        break;
+      case 3:
+        bytes.insert(at, bytes.substr(at, size));
+        break;
+      default:
+        bytes.insert(at, other, random(other.size()), size);
+    }
+  }
+  return bytes;
+}
+
+}  // namespace fuzz
+
+TEST(fuzzing_finds_nothing_in_a_few_mutations_of_every_seed) {
+  for (const fuzz::Target& target : fuzz::kTargets) {
+    const Strings seeds = target.seeds();
+    uint32_t dice = 2463534242U;
+    for (size_t i = 0; i < 400; i++) {
+      const std::string& seed = seeds[i % seeds.size()];
+      const std::string input =
+          i < seeds.size() ? seed : fuzz::mutated(seed, seeds[(i / seeds.size()) % seeds.size()], dice);
+      try {
+        target.run(input);
+      } catch (const std::exception& error) {
+        fail(__LINE__, std::string(target.name) + " with " + show(input) + ": " + error.what());
+      }
+    }
+  }
+}
+
 }  // namespace
 
 // =====================================================================================================================
@@ -4659,6 +5399,28 @@ int bench_main(int argc, char** argv) {
 // main
 // =====================================================================================================================
 
+#ifdef NSQD_FUZZ
+// The engine's main. $FUZZ is the target; without one, it prints the targets with their longest input, and writes their
+// seeds to the folder that is given.
+extern "C" int LLVMFuzzerInitialize(int* argc, char*** argv) {
+  if (std::getenv("FUZZ") != nullptr) return 0;
+  for (const fuzz::Target& target : fuzz::kTargets) {
+    std::printf("%s %d\n", target.name, target.longest);
+    g_folder = (*argv)[*argc - 1];
+    size_t number = 0;
+    for (const auto& seed : target.seeds()) write_file(folder(target.name) + "/seed-" + std::to_string(number++), seed);
+  }
+  std::exit(0);
+}
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  static const auto* const target = std::find_if(fuzz::kTargets.begin(), fuzz::kTargets.end(), [](const fuzz::Target& t) {
+    return std::getenv("FUZZ") != nullptr && std::strcmp(t.name, std::getenv("FUZZ")) == 0;
+  });
+  if (target == fuzz::kTargets.end()) return std::fprintf(stderr, "FUZZ names no target\n"), std::exit(2), 0;
+  target->run({reinterpret_cast<const char*>(data), size});
+  return 0;
+}
+#else
 int main(int argc, char** argv) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   if (argc > 1 && std::strcmp(argv[1], "bench") == 0) return bench_main(argc - 1, argv + 1);
@@ -4673,3 +5435,4 @@ int main(int argc, char** argv) {
   }
   return run_all(chosen);
 }
+#endif
