@@ -821,6 +821,26 @@ inline std::string hex_escape(std::string_view prefix, uint32_t c, int digits) {
   return escaped;
 }
 
+/// A text in quotes: as Go writes JSON, fit for HTML and JavaScript, where a byte that is not UTF-8 becomes U+FFFD; or, for
+/// a name in an error's text, as Go's %q writes it.
+inline std::string quoted(std::string_view s, bool json = false) {
+  static constexpr std::string_view kPlain = "\"\\\n\r\t\a\b\f\v", kLetter = "\"\\nrtabfv";
+  std::string quoted = "\"";
+  while (!s.empty()) {
+    const size_t size = utf8_length(s), letter = kPlain.find(s[0]);
+    const std::string_view character = take_front(s, std::max<size_t>(size, 1));
+    const auto c = static_cast<uint8_t>(character[0]);
+    if (letter < (json ? 5 : kPlain.size())) quoted += {'\\', kLetter[letter]};
+    else if (!json && (size == 0 || c < 0x20 || c == 0x7F)) quoted += hex_escape("\\x", c, 2);
+    else if (!json) quoted += character;
+    else if (size == 0) quoted += "\\ufffd";
+    else if (c < 0x20 || c == '<' || c == '>' || c == '&') quoted += hex_escape("\\u", c, 4);
+    else if (character == "\xE2\x80\xA8" || character == "\xE2\x80\xA9") quoted += text("\\u202", character[2] & 15);
+    else quoted += character;
+  }
+  return quoted + '"';
+}
+
 /// Writes JSON with nsqd's order of keys (that of the calls) and no spaces.
 class JsonWriter {
  public:
@@ -835,7 +855,7 @@ class JsonWriter {
   }
   JsonWriter& open(char bracket) { return raw({&bracket, 1}); }
   JsonWriter& close(char bracket) { return out += bracket, *this; }
-  JsonWriter& key(std::string_view name) { return raw(quoted(name) + ':'); }
+  JsonWriter& key(std::string_view name) { return raw(quoted(name, true) + ':'); }
   template <typename Value>
   JsonWriter& member(std::string_view name, const Value& v) { return key(name).value(v); }
   /// A truth value, a number, a text, or a list of these.
@@ -844,7 +864,7 @@ class JsonWriter {
     if constexpr (std::is_same_v<Value, bool>) return raw(v ? "true" : "false");
     else if constexpr (std::is_integral_v<Value>) return raw(std::to_string(v));
     else if constexpr (std::is_floating_point_v<Value>) return raw(number(v));
-    else if constexpr (std::is_convertible_v<const Value&, std::string_view>) return raw(quoted(v));
+    else if constexpr (std::is_convertible_v<const Value&, std::string_view>) return raw(quoted(v, true));
     else {
       open('[');
       for (const auto& item : v) value(item);
@@ -857,23 +877,6 @@ class JsonWriter {
     std::array<char, 32> digits{};
     std::snprintf(digits.data(), digits.size(), "%.15g", v);
     return digits.data();
-  }
-  /// As Go writes it, fit for HTML and JavaScript; a byte that is not UTF-8 becomes U+FFFD.
-  static std::string quoted(std::string_view s) {
-    static constexpr std::string_view kPlain = "\"\\\n\r\t", kLetter = "\"\\nrt";
-    std::string quoted = "\"";
-    while (!s.empty()) {
-      const size_t size = utf8_length(s), letter = kPlain.find(s[0]);
-      const std::string_view character = take_front(s, std::max<size_t>(size, 1));
-      const auto c = static_cast<uint8_t>(character[0]);
-      if (size == 0) quoted += "\\ufffd";
-      else if (letter != kPlain.npos) quoted += {'\\', kLetter[letter]};
-      else if (c < 0x20 || c == '<' || c == '>' || c == '&') quoted += hex_escape("\\u", c, 4);
-      else if (character == "\xE2\x80\xA8") quoted += "\\u2028";
-      else if (character == "\xE2\x80\xA9") quoted += "\\u2029";
-      else quoted += character;
-    }
-    return quoted + '"';
   }
 };
 // ---------------------------------------------------------------------------------------------------------------------
@@ -3005,47 +3008,52 @@ class Session : public std::enable_shared_from_this<Session> {
   uint64_t written = 0;  // bytes that the loop has written for it
 };
 
-/// A name in an error's text, in quotes, as Go's %q writes it.
-inline std::string quoted(std::string_view name) {
-  static constexpr std::string_view kPlain = "\"\\\a\b\f\n\r\t\v", kLetter = "\"\\abfnrtv";
-  std::string out = "\"";
-  for (size_t size = 0; !name.empty(); name.remove_prefix(std::max<size_t>(size, 1))) {
-    size = utf8_length(name);
-    const auto byte = static_cast<uint8_t>(name[0]);
-    if (const size_t at = kPlain.find(name[0]); at != kPlain.npos) out += {'\\', kLetter[at]};
-    else if (size == 0 || byte < 0x20 || byte == 0x7F) out += hex_escape("\\x", byte, 2);
-    else out += name.substr(0, size);
-  }
-  return out + '"';
-}
-
 /// A pattern of an auth server: POSIX extended, so that no name can make it slow. nsqd's users write Go's patterns:
 /// classes such as \d or \W, escapes in brackets and non-capturing groups are put in POSIX's words.
 class Pattern {
  public:
-  explicit Pattern(const std::string& pattern) {
+  explicit Pattern(std::string_view go) {
+    std::string posix;
+    for (bool in_set = false; !go.empty();) {
+      const std::string_view piece = take_front(go, go[0] == '\\' ? 2 : 1);
+      const char kind = piece.size() == 2 ? lower(piece[1]) : '\0';
+      const std::string_view set = kind == 'd' ? "0-9" : kind == 'w' ? "0-9A-Za-z_" : kind == 's' ? "[:space:]" : "";
+      if (set.empty()) posix += in_set && kind != '\0' ? text("[.", piece.substr(1), ".]") : text(piece);
+      else posix += in_set ? text(set) : text(piece[1] == kind ? "[" : "[^", set, "]");
+      if (piece == "[" || piece == "]") in_set = piece == "[";
+      if (piece == "(" && !in_set && go.substr(0, 2) == "?:") go.remove_prefix(2);
+    }
     auto compiled = std::make_unique<regex_t>();
-    if (::regcomp(compiled.get(), posix(pattern).c_str(), REG_EXTENDED | REG_NOSUB) != 0) return;
+    if (!cheap(posix) || ::regcomp(compiled.get(), posix.c_str(), REG_EXTENDED | REG_NOSUB) != 0) return;
     regex_.reset(compiled.release(), [](regex_t* old) { ::regfree(std::unique_ptr<regex_t>(old).get()); });
   }
   bool valid() const { return regex_ != nullptr; }
   bool matches(const std::string& s) const { return valid() && ::regexec(regex_.get(), s.c_str(), 0, nullptr, 0) == 0; }
 
  private:
-  static std::string posix(std::string_view from) {
-    std::string to;
-    bool in_set = false;
-    for (; !from.empty(); from.remove_prefix(1)) {
-      const char c = from[0], next = from.size() > 1 ? from[1] : '\0', kind = lower(next);
-      const std::string_view set = kind == 'd' ? "0-9" : kind == 'w' ? "0-9A-Za-z_" : kind == 's' ? "[:space:]" : "";
-      if (c != '\\') to += c;
-      else if (set.empty()) to += in_set ? text("[.", from.substr(1, 1), ".]") : text(from.substr(0, 2));
-      else to += in_set ? text(set) : text(next == kind ? "[" : "[^", set, "]");
-      if (c == '\\') from.remove_prefix(next == '\0' ? 0 : 1);
-      else if (!in_set && from.substr(0, 3) == "(?:") from.remove_prefix(2);
+  /// regcomp writes repetitions out, and takes hours for some nestings. So a group that is repeated may hold no count and no
+  /// repeated group, no alternative may be empty, and there are no back references, as in Go.
+  static bool cheap(std::string_view posix) {
+    std::vector<bool> costly(1, false);  // the open groups: whether a count or a repeated group is in it
+    bool in_set = false, fine = posix.size() <= 512 && posix.find('\0') == posix.npos;
+    for (char before = '('; fine && !posix.empty();) {
+      const char c = take_front(posix, 1)[0], next = posix.empty() ? '\0' : posix[0];
+      if (c == '\\') fine = kDigits.find(take_front(posix, 1)) == kDigits.npos;
       if (c == '[' || c == ']') in_set = c == '[';
+      if (!in_set && c == '(') costly.push_back(false);
+      if (!in_set && (c == ')' || c == '|')) fine = before != '(' && before != '|';
+      if (!in_set && c == ')' && costly.size() > 1) {
+        const bool repeated = next == '*' || next == '+' || next == '{', inside = costly.back();
+        costly.pop_back();
+        costly.back() = costly.back() || repeated || inside;
+        fine = fine && !(repeated && inside);
+      }
+      if (!in_set && c == '{') fine = before != '}' && before != '*' && before != '+' && before != '?';
+      if (!in_set && c == '{') costly.back() = true;
+      fine = fine && costly.size() <= 32;
+      before = c;
     }
-    return to;
+    return fine;
   }
   std::shared_ptr<regex_t> regex_;
 };
@@ -3063,29 +3071,24 @@ struct AuthGrant {
 
   /// An empty channel means publishing; then, too, a channel pattern must match it.
   bool allows(const std::string& topic, const std::string& channel) const {
-    auto matching = [&](const Pattern& pattern) { return pattern.matches(channel); };
-    auto granting = [&](const Authorization& a) {
-      return (channel.empty() ? a.publish : a.subscribe) && a.topic.matches(topic) &&
-             std::any_of(a.channels.begin(), a.channels.end(), matching);
-    };
-    return std::any_of(authorizations.begin(), authorizations.end(), granting);
+    for (const Authorization& a : authorizations)
+      if ((channel.empty() ? a.publish : a.subscribe) && a.topic.matches(topic))
+        for (const Pattern& pattern : a.channels)
+          if (pattern.matches(channel)) return true;
+    return false;
   }
 };
-
-/// A member of what somebody has told about itself; null where there is none.
-inline const Json& member_of(const Json& told, std::string_view key) {
-  static const Json kNone;
-  const Json* found = told.find(key);
-  return found == nullptr ? kNone : *found;
-}
 
 class V2Session;
 
 /// What sessions need of the daemon around the broker.
 struct Host {
-  explicit Host(Broker& of) : broker(of) {}
+  Host(Broker& of, Options& changeable, Logger& log) : broker(of), options(changeable), logger(log) {}
   Broker& broker;
+  Options& options;
+  Logger& logger;
   int64_t started_wall = 0;
+  int tcp_port = 0, http_port = 0;  // as listened on
   std::function<void(V2Session&)> ask_auth;  // parks the session until auth_answered
   std::function<bool(std::string_view topic, Session&)> look_up;  // true: parked, a new topic's channels are asked for
   std::function<void(const std::function<void(const Session&)>&)> each_session;
@@ -3125,7 +3128,6 @@ class V2Session : public Session {
   void drained() override {
     if (port.consumer != nullptr && !port.consumer->listed) port.consumer->channel.consider(*port.consumer);
   }
-
   /// The auth server has answered (null: nothing that can be used); the command that waits for it is tried again.
   void auth_answered(std::shared_ptr<const AuthGrant> grant) {
     auth_failed_ = grant == nullptr;
@@ -3138,6 +3140,7 @@ class V2Session : public Session {
   ClientStats stats() const override {
     ClientStats shown = about_;
     shown.connected_for = broker_.now.steady - connected_;
+    shown.pub_counts.assign(published_.begin(), published_.end());
     shown.authed = grant_ != nullptr;
     shown.auth_identity = shown.authed ? grant_->identity : "";
     shown.auth_identity_url = shown.authed ? grant_->identity_url : "";
@@ -3155,65 +3158,56 @@ class V2Session : public Session {
   enum State { kInit = 0, kSubscribed = 3, kClosing = 4 };  // with the numbers of nsqd 1.3.0, which GET /stats shows
   static constexpr unsigned kFirst = 1 << kInit, kOpen = 1 << kSubscribed, kConsuming = kOpen | 1 << kClosing;
   static constexpr unsigned kAlways = kFirst | kConsuming;
-  enum class First { kAny, kTopic, kId };      // what the first parameter has to be
   enum class Part { kSize, kBody, kMessage };  // what follows a line; kSize: a body whose size is not believed
   struct Command {
     std::string_view name;
     unsigned states;  // in which it is allowed, a bit for each
-    size_t words;     // at least
-    First first;
+    size_t words;     // at least; where there is more than the name, the second is a message's id or a topic
     bool (V2Session::*run)();
   };
 
   /// Carries out the command at the front and returns its size, or 0 when it has to be tried again.
   size_t step(std::string_view input) {
     static constexpr size_t kLongestLine = 16384;  // as nsqd 1.3.0
-    if (!magic_seen_) return take_magic(input.substr(0, 4));
+    if (!magic_seen_) {
+      const std::string_view magic = input.substr(0, 4);
+      if (magic.size() < 4) return 0;
+      broker_.logger.say(Level::kInfo, "CLIENT(", about_.remote_address, "): desired protocol magic '", magic, "'");
+      magic_seen_ = magic == "  V2";
+      if (!magic_seen_) fail("E_BAD_PROTOCOL");
+      last_command_ = broker_.now.steady;
+      return 4;
+    }
     const size_t end = input.substr(0, kLongestLine).find('\n');
     port.dropped = end == input.npos && input.size() >= kLongestLine;
     if (end == input.npos) return 0;
-    split(input.substr(0, end));
     input_ = input;
     used_ = end + 1;
     needed_ = 0;
-    dispatch();
+    dispatch(input.substr(0, end));
     if (needed_ > 0) return 0;
     last_command_ = broker_.now.steady;
     checked_ = checked_end_ = 0;
     return used_;
   }
-  size_t take_magic(std::string_view magic) {
-    if (magic.size() < 4) return 0;
-    broker_.logger.say(Level::kInfo, "CLIENT(", about_.remote_address, "): desired protocol magic '", magic, "'");
-    magic_seen_ = magic == "  V2";
-    if (!magic_seen_) fail("E_BAD_PROTOCOL");
-    last_command_ = broker_.now.steady;
-    next_heartbeat_ = last_command_ + heartbeat_;
-    set_timer();
-    return 4;
-  }
-  void split(std::string_view line) {
+  /// Finds the command, checks what its line alone can tell, in nsqd's order and words, and runs it.
+  bool dispatch(std::string_view line) {
+    using S = V2Session;
+    static constexpr Command kCommands[] = {  // those that come most often come first
+        {"FIN", kConsuming, 2, &S::fin}, {"PUB", kAlways, 2, &S::pub},        {"RDY", kConsuming, 1, &S::rdy},
+        {"REQ", kConsuming, 3, &S::req}, {"TOUCH", kConsuming, 2, &S::touch}, {"MPUB", kAlways, 2, &S::mpub},
+        {"DPUB", kAlways, 3, &S::pub},   {"NOP", kAlways, 1, &S::nop},        {"SUB", kFirst, 3, &S::sub},
+        {"CLS", kOpen, 1, &S::cls},      {"AUTH", kFirst, 1, &S::auth},       {"IDENTIFY", kFirst, 1, &S::identify}};
     if (ends_with(line, "\r")) line.remove_suffix(1);
     for (words_ = 0; words_ < word_.size(); line.remove_prefix(1)) {
       word_[words_++] = take_front(line, line.find(' '));
-      if (line.empty()) return;
+      if (line.empty()) break;
     }
-  }
-  /// Finds the command, checks what its line alone can tell, in nsqd's order and words, and runs it.
-  bool dispatch() {
-    using S = V2Session;
-    static constexpr std::array<Command, 12> kCommands = {{  // those that come most often come first
-        {"FIN", kConsuming, 2, First::kId, &S::fin},     {"PUB", kAlways, 2, First::kTopic, &S::pub},
-        {"RDY", kConsuming, 1, First::kAny, &S::rdy},    {"REQ", kConsuming, 3, First::kId, &S::req},
-        {"TOUCH", kConsuming, 2, First::kId, &S::touch}, {"MPUB", kAlways, 2, First::kTopic, &S::mpub},
-        {"DPUB", kAlways, 3, First::kTopic, &S::dpub},   {"NOP", kAlways, 1, First::kAny, &S::nop},
-        {"SUB", kFirst, 3, First::kTopic, &S::sub},      {"CLS", kOpen, 1, First::kAny, &S::cls},
-        {"AUTH", kFirst, 1, First::kAny, &S::auth},      {"IDENTIFY", kFirst, 1, First::kAny, &S::identify}}};
     const std::string_view name = word_[0];
-    const auto* command = kCommands.begin();
-    while (command != kCommands.end() && command->name != name) ++command;
-    if (command == kCommands.end()) return fail("E_INVALID invalid command ", name);
-    const bool id = command->first == First::kId, topic = command->first == First::kTopic;
+    const auto* command = std::begin(kCommands);
+    while (command != std::end(kCommands) && command->name != name) ++command;
+    if (command == std::end(kCommands)) return fail("E_INVALID invalid command ", name);
+    const bool id = command->words > 1 && command->states == kConsuming, topic = command->words > 1 && !id;
     if ((command->states >> about_.state & 1) == 0) return fail("E_INVALID cannot ", name, " in current state");
     if (heartbeat_ == kNever && name == "SUB") return fail("E_INVALID cannot SUB with heartbeats disabled");
     if (words_ < command->words) return fail("E_INVALID ", name, " insufficient number of param", id ? "s" : "eters");
@@ -3313,15 +3307,14 @@ class V2Session : public Session {
     const Json told = parser.parse();
     bool good = parser.error.empty() && (told.is(Type::kObject) || told.is(Type::kNull));
     auto member = [&](std::string_view key, Type type) -> const Json& {
-      const Json& found = member_of(told, key);
+      const Json& found = told.get(key);
       good = good && (found.is(Type::kNull) || (found.is(type) && (type != Type::kNumber || found.integer())));
       return found;
     };
-    about_.client_id = member("client_id", Type::kString).string;
-    about_.hostname = member("hostname", Type::kString).string;
-    about_.user_agent = member("user_agent", Type::kString).string;
-    about_.topology_region = member("topology_region", Type::kString).string;
-    about_.topology_zone = member("topology_zone", Type::kString).string;
+    const std::tuple<std::string_view, std::string&> texts[] = {
+        {"client_id", about_.client_id}, {"hostname", about_.hostname}, {"user_agent", about_.user_agent},
+        {"topology_region", about_.topology_region}, {"topology_zone", about_.topology_zone}};
+    for (auto& [key, shown] : texts) shown = member(key, Type::kString).string;
     const bool negotiates = member("feature_negotiation", Type::kBool).boolean;
     for (const auto* declined : {"tls_v1", "deflate", "snappy"}) member(declined, Type::kBool);
     member("deflate_level", Type::kNumber);
@@ -3335,24 +3328,22 @@ class V2Session : public Session {
         {"msg_timeout", msg_timeout_, 1000, ms(options.max_msg_timeout), kMillisecond, -1}};
     for (Number& number : numbers) number.given = member(number.key, Type::kNumber).integer().value_or(0);
     if (!good) return fail("E_BAD_BODY IDENTIFY failed to decode JSON body");
-    if (!std::all_of(std::begin(numbers), std::end(numbers), [this](Number& n) { return apply(n); })) return false;
-    if (member_of(told, "output_buffer_size").integer() == -1) buffer_timeout_ = 0;
+    for (Number& n : numbers) {
+      const bool off = n.given == -1 && n.off != -1, fits = n.given >= n.least && n.given <= n.most;
+      std::replace(n.key.begin(), n.key.end(), '_', ' ');
+      if (!off && !fits && n.given != 0) return fail("E_BAD_BODY IDENTIFY ", n.key, " (", n.given, ") is invalid");
+      if (off || fits) n.setting = off ? n.off : n.given * n.unit;
+    }
+    if (told.get("output_buffer_size").integer() == -1) buffer_timeout_ = 0;
     about_.sample_rate = static_cast<int>(sample_rate_);
-    info_.zone_local = topology_aware(options) && about_.topology_zone == options.topology_zone;
-    info_.region_local = topology_aware(options) && about_.topology_region == options.topology_region;
-    next_heartbeat_ = saturating_add(broker_.now.steady, heartbeat_);
+    if (!std::exchange(identified_, true)) {
+      info_.zone_local = topology_aware(options) && about_.topology_zone == options.topology_zone;
+      info_.region_local = topology_aware(options) && about_.topology_region == options.topology_region;
+      std::tie(beat_, delivery_timeout_, delivery_sample_rate_) = std::tie(heartbeat_, msg_timeout_, sample_rate_);
+      next_heartbeat_ = saturating_add(broker_.now.steady, beat_);
+    }
     set_timer();
-    return respond(negotiates ? identity_response() : "OK");
-  }
-  bool apply(Number& n) {
-    const bool off = n.given == -1 && n.off != -1, fits = n.given >= n.least && n.given <= n.most;
-    if (off || fits) n.setting = off ? n.off : n.given * n.unit;
-    if (off || fits || n.given == 0) return true;
-    std::replace(n.key.begin(), n.key.end(), '_', ' ');
-    return fail("E_BAD_BODY IDENTIFY ", n.key, " (", n.given, ") is invalid");
-  }
-  std::string identity_response() const {
-    const Options& options = broker_.options;
+    if (!negotiates) return respond("OK");
     JsonWriter json;
     json.open('{').member("max_rdy_count", options.max_rdy_count).member("version", kProtocolVersion);
     json.member("max_msg_timeout", options.max_msg_timeout.count() / kMillisecond);
@@ -3362,9 +3353,8 @@ class V2Session : public Session {
     json.member("sample_rate", sample_rate_).member("auth_required", !options.auth_http_address.empty());
     json.member("output_buffer_size", buffer_size_).member("output_buffer_timeout", buffer_timeout_ / kMillisecond);
     json.member("topology_region", options.topology_region).member("topology_zone", options.topology_zone).close('}');
-    return json.out;
+    return respond(json.out);
   }
-
   bool auth() {
     std::string_view secret;
     if (words_ != 1) return fail("E_INVALID AUTH invalid number of parameters");
@@ -3380,7 +3370,6 @@ class V2Session : public Session {
     json.open('{').member("identity", grant_->identity).member("identity_url", grant_->identity_url);
     return respond(json.member("permission_count", count).close('}').out);
   }
-
   bool sub() {
     const std::string_view name = word_[2];
     if (!valid_name(name)) return fail("E_BAD_CHANNEL SUB channel name ", quoted(name), " is not valid");
@@ -3392,7 +3381,7 @@ class V2Session : public Session {
     const int64_t most = broker_.options.max_channel_consumers;
     if (most > 0 && static_cast<int64_t>(opened->consumers.size()) >= most)
       return fail("E_SUB_FAILED SUB failed consumers for ", word_[1], ":", name, " exceeds limit of ", most);
-    opened->subscribe(port, info_, Duration(msg_timeout_), about_.sample_rate);
+    opened->subscribe(port, info_, Duration(delivery_timeout_), static_cast<int>(delivery_sample_rate_));
     about_.state = kSubscribed;
     return respond("OK");
   }
@@ -3428,17 +3417,14 @@ class V2Session : public Session {
   }
   bool nop() { return true; }
 
-  bool pub() { return publish_one(0); }
-  bool dpub() {
+  /// PUB and DPUB.
+  bool pub() {
     uint64_t ms = 0;
-    if (!take_decimal(2, "timeout", ms)) return false;
-    const int64_t most = broker_.options.max_req_timeout.count() / kMillisecond;
-    if (ms > static_cast<uint64_t>(most)) return fail("E_INVALID DPUB timeout ", ms, " out of range 0-", most);
-    return publish_one(static_cast<int64_t>(ms) * kMillisecond);
-  }
-  bool publish_one(int64_t delay) {
     std::string_view body;
-    return take(Part::kMessage, body) && publish(open_topic(), &body, 1, delay);
+    const auto most = static_cast<uint64_t>(broker_.options.max_req_timeout.count() / kMillisecond);
+    if (word_[0] == "DPUB" && !take_decimal(2, "timeout", ms)) return false;
+    if (ms > most) return fail("E_INVALID DPUB timeout ", ms, " out of range 0-", most);
+    return take(Part::kMessage, body) && publish(open_topic(), &body, 1, static_cast<int64_t>(ms) * kMillisecond);
   }
   bool mpub() {
     Topic* topic = open_topic();
@@ -3466,11 +3452,7 @@ class V2Session : public Session {
     if (topic == nullptr) return false;
     const Status status = topic->publish(bodies, count, delay);
     if (!status.ok()) return fail("E_", word_[0], "_FAILED ", word_[0], " failed ", status.error);
-    auto& counts = about_.pub_counts;
-    auto same = [topic](const auto& entry) { return entry.first == topic->name; };
-    auto found = std::find_if(counts.begin(), counts.end(), same);
-    if (found == counts.end()) found = counts.insert(found, {topic->name, 0});
-    found->second += count;
+    published_[topic->name] += count;
     return respond("OK");
   }
 
@@ -3479,7 +3461,7 @@ class V2Session : public Session {
   int64_t read_deadline() const { return saturating_add(last_command_, saturating_add(heartbeat_, heartbeat_)); }
   /// One timer for that and the heartbeat, which is rounded up, so that many clients share a turn of the loop.
   void set_timer() {
-    const int64_t grain = heartbeat_ < 8 * kSecond ? kSecond / 4 : kSecond;
+    const int64_t grain = beat_ < 8 * kSecond ? kSecond / 4 : kSecond;
     timer_.set(std::min(saturating_add(next_heartbeat_, grain - 1) / grain * grain, read_deadline()));
   }
   void on_timer() {
@@ -3491,8 +3473,8 @@ class V2Session : public Session {
     if (now >= next_heartbeat_) {
       if (!port.out.empty() && written == written_before_) port.dropped = true;  // nothing went out meanwhile
       written_before_ = written;
-      next_heartbeat_ = std::max(next_heartbeat_ + heartbeat_, now);
-      respond("_heartbeat_");
+      next_heartbeat_ = std::max(saturating_add(next_heartbeat_, beat_), now);
+      if (magic_seen_) respond("_heartbeat_");
     }
     set_timer();
   }
@@ -3500,14 +3482,18 @@ class V2Session : public Session {
   Host& host_;
   Broker& broker_;
   const std::string ip_;
-  ClientStats about_;  // all but what its consumer and its grant know
-  ClientInfo info_;
+  ClientStats about_;  // all but what its consumer, its grant and published_ know
   const int64_t connected_ = broker_.now.steady;
-  int64_t last_command_ = connected_, next_heartbeat_ = kNever;     // when it was done with; when it is due
-  uint64_t written_before_ = std::numeric_limits<uint64_t>::max();  // at the last heartbeat; `written` is never so much
+  std::map<std::string, uint64_t> published_;  // messages per topic
   // What IDENTIFY sets, times in nanoseconds.
   int64_t heartbeat_ = 30 * kSecond, msg_timeout_ = broker_.options.msg_timeout.count(), sample_rate_ = 0;
   int64_t buffer_size_ = 16384, buffer_timeout_ = broker_.options.output_buffer_timeout.count();
+  // What the first one sets for good, for deliveries and heartbeats.
+  bool identified_ = false;
+  ClientInfo info_;
+  int64_t beat_ = heartbeat_, delivery_timeout_ = msg_timeout_, delivery_sample_rate_ = 0;
+  int64_t last_command_ = connected_, next_heartbeat_ = connected_ + beat_;  // when it was done with; when it is due
+  uint64_t written_before_ = std::numeric_limits<uint64_t>::max();  // at the last heartbeat; `written` is never so much
   std::string secret_;
   std::shared_ptr<const AuthGrant> grant_;
   bool magic_seen_ = false, auth_failed_ = false, auth_done_ = false, final_ = false;  // final: no more input will come
@@ -4035,8 +4021,7 @@ inline std::string_view cut(std::string_view& rest, char separator) {
 
 /// Nothing where an escape is broken. + is a blank, as in a query: no path of ours has either.
 inline std::optional<std::string> percent_decoded(std::string_view encoded) {
-  if (encoded.find_first_of("%+") == encoded.npos) return std::string(encoded);
-  std::string plain;
+  std::string plain(take_front(encoded, encoded.find_first_of("%+")));
   while (!encoded.empty()) {
     const std::string_view piece = take_front(encoded, encoded[0] == '%' ? 3 : 1);
     const auto byte = piece.size() == 3 ? decimal(piece.substr(1), false, 16) : std::nullopt;
@@ -4051,23 +4036,22 @@ inline std::string percent_encoded(std::string_view plain) {
   return encoded;
 }
 
-/// The headers of a message, by name in lower case. Where one came twice, its values are joined by a comma.
-struct HttpHeaders {
-  std::map<std::string, std::string> values;
+/// Names and values: the headers of a message, by name in lower case, or the parameters of a query.
+struct HttpFields {
+  std::map<std::string, std::string, std::less<>> values = {};
 
-  const std::string* find(std::string_view name) const {
-    const auto found = values.find(lower(name));
-    return found == values.end() ? nullptr : &found->second;
+  std::optional<std::string_view> get(std::string_view name) const {
+    const auto found = values.find(name);
+    return found == values.end() ? std::nullopt : std::optional<std::string_view>(found->second);
   }
-  std::string value(std::string_view name) const { return find(name) == nullptr ? "" : *find(name); }
-  /// Whether the header is a list with this word in it.
+  /// Whether the value is a list with this word in it.
   bool has(std::string_view name, std::string_view word) const {
-    const std::string words = value(name);
-    for (std::string_view rest = words; !rest.empty();)
+    for (std::string_view rest = get(name).value_or(""); !rest.empty();)
       if (same_word(trimmed(cut(rest, ',')), word)) return true;
     return false;
   }
-  /// Takes the lines of a head but for its first; false where one is no header.
+  bool wanted(std::string_view name) const { return get(name) != "false" && get(name) != "0"; }
+  /// Takes the lines of a head but for its first; false where one is no header. One that comes twice gets a comma.
   bool parse(std::string_view lines) {
     while (!lines.empty()) {
       std::string_view line = cut(lines, '\n');
@@ -4081,51 +4065,35 @@ struct HttpHeaders {
   }
 };
 
-/// Joins the chunks of a body (RFC 9112, 7.1), each once it is there whole. Extensions and trailers are passed over.
-struct ChunkDecoder {
-  enum class Result { kMore, kDone, kBad };
+/// Appends the chunks of a body (RFC 9112, 7.1), each once it is there whole. Extensions and trailers are passed over.
+enum class Chunks { kMore, kDone, kBad };
+inline Chunks take_chunks(std::string_view& input, std::string& body, size_t most) {
   static constexpr size_t kMostFraming = 4096;  // bytes of a chunk that are not data
-  std::string body = {};
-
-  Result feed(std::string_view input, size_t& used, size_t most) {
-    for (used = 0;;) {
-      std::string_view rest = input.substr(used), data;
-      const auto more = [&] { return input.size() - used - data.size() > kMostFraming ? Result::kBad : Result::kMore; };
+  for (;;) {
+    std::string_view rest = input, data;
+    const auto more = [&] { return input.size() - data.size() > kMostFraming ? Chunks::kBad : Chunks::kMore; };
+    if (rest.find('\n') == rest.npos) return more();
+    std::string_view line = cut(rest, '\n');
+    const auto size = decimal(trimmed(cut(line, ';')), false, 16);
+    if (!size || static_cast<size_t>(*size) > most - body.size()) return Chunks::kBad;
+    data = take_front(rest, static_cast<size_t>(*size));
+    do {  // the end of the data's line; behind the last chunk, which has none, trailers and an empty line
       if (rest.find('\n') == rest.npos) return more();
-      std::string_view line = cut(rest, '\n');
-      const auto size = decimal(trimmed(cut(line, ';')), false, 16);
-      if (!size || static_cast<size_t>(*size) > most - body.size()) return Result::kBad;
-      data = take_front(rest, static_cast<size_t>(*size));
-      do {  // the end of the data's line; behind the last chunk, which has none, trailers and an empty line
-        if (rest.find('\n') == rest.npos) return more();
-        line = trimmed(cut(rest, '\n'));
-      } while (data.empty() && !line.empty());
-      if (!line.empty()) return Result::kBad;
-      body += data;
-      used = input.size() - rest.size();
-      if (data.empty()) return Result::kDone;
-    }
+      line = trimmed(cut(rest, '\n'));
+    } while (data.empty() && !line.empty());
+    if (!line.empty()) return Chunks::kBad;
+    body += data;
+    input = rest;
+    if (data.empty()) return Chunks::kDone;
   }
-};
+}
 
 /// A request: parse takes its head, the session adds the body.
 struct HttpRequest {
-  std::string method, target, path, query, body;  // the path is decoded, the query is not
-  HttpHeaders headers;
-  ChunkDecoder chunks;
-  bool old = false, keep_alive = true, chunked = false;  // old: HTTP/1.0
-  size_t length = 0;                                     // of the body, as far as it is not taken yet
-
-  /// The first parameter of that name.
-  std::optional<std::string> parameter(std::string_view name) const {
-    for (std::string_view rest = query; !rest.empty();) {
-      std::string_view pair = cut(rest, '&');
-      if (percent_decoded(cut(pair, '=')) == name) return percent_decoded(pair);
-    }
-    return std::nullopt;
-  }
-  bool wanted(std::string_view name) const { return parameter(name) != "false" && parameter(name) != "0"; }
-  bool query_valid() const { return query.find(';') == query.npos && percent_decoded(query); }  // as Go has it
+  std::string method, target, path, body;
+  HttpFields headers, parameters;  // of parameters with one name, the first
+  bool query_valid = true, old = false, keep_alive = true, chunked = false;  // old: HTTP/1.0
+  size_t length = 0;  // of the body, as far as it is not taken yet
 
   /// Reads the request line and the headers. Returns the status of the refusal where they are wrong, else 0. Where they
   /// tell twice where the request ends or for whom it is, something may be smuggled past a proxy: there is no guessing.
@@ -4139,17 +4107,22 @@ struct HttpRequest {
     if (rest.substr(0, 7) == "http://") rest.remove_prefix(std::min(rest.find('/', 7), rest.size()));  // as to a proxy
     target = rest;
     const auto decoded = percent_decoded(cut(rest, '?'));
-    if (!decoded || (target != "*" && target[0] != '/')) return 400;
+    if (!decoded || (target != "*" && target[0] != '/') || target.find('\r') != target.npos) return 400;
     path = *decoded;
-    query = rest;
-    keep_alive = old ? headers.has("Connection", "keep-alive") : !headers.has("Connection", "close");
-    const std::string* host = headers.find("Host");
-    if (host == nullptr ? !old : host->find(',') != host->npos) return 400;
-    const std::string *size = headers.find("Content-Length"), *coding = headers.find("Transfer-Encoding");
-    const auto number = decimal(size == nullptr ? "0" : *size);
+    query_valid = rest.find(';') == rest.npos;  // as Go has it
+    while (!rest.empty()) {
+      std::string_view pair = cut(rest, '&');
+      const auto name = percent_decoded(cut(pair, '=')), value = percent_decoded(pair);
+      query_valid = query_valid && name && value;
+      if (query_valid) parameters.values.try_emplace(*name, *value);
+    }
+    keep_alive = old ? headers.has("connection", "keep-alive") : !headers.has("connection", "close");
+    const auto size = headers.get("content-length"), coding = headers.get("transfer-encoding");
+    if (const auto host = headers.get("host"); host ? host->find(',') != host->npos : !old) return 400;
+    const auto number = size ? decimal(*size) : 0;
     length = static_cast<size_t>(number.value_or(0));
-    chunked = coding != nullptr;
-    if (!number || (chunked && size != nullptr)) return 400;
+    chunked = coding.has_value();
+    if (!number || (chunked && size)) return 400;
     return chunked && !same_word(*coding, "chunked") ? 501 : 0;
   }
 };
@@ -4164,9 +4137,8 @@ inline std::optional<Level> parse_level(std::string_view word);
 
 class HttpSession : public Session {
  public:
-  HttpSession(Host& host, Options& options, Logger& log, std::string peer, std::function<std::pair<int, int>()> ports)
-      : host_(host), broker_(host.broker), options_(options), logger_(log), peer_(std::move(peer)),
-        ports_(std::move(ports)), timer_(broker_.timers, [this] { port.dropped = true, port.attend(); }) {
+  HttpSession(Host& host, std::string peer)
+      : host_(host), peer_(std::move(peer)), timer_(broker_.timers, [this] { port.dropped = true, port.attend(); }) {
     port.session = this;
     timer_.set(broker_.now.steady + kPatience);
   }
@@ -4211,20 +4183,17 @@ class HttpSession : public Session {
     cut(input, '\n');
     if (request_.path == "/pub" && !is_message(request_.length)) return refuse(413, "MSG_TOO_BIG");
     if (request_.length > largest()) return refuse(413, "BODY_TOO_BIG");
-    const bool waits = !request_.old && request_.headers.has("Expect", "100-continue");
+    const bool waits = !request_.old && request_.headers.has("expect", "100-continue");
     if (waits) port.out.append("HTTP/1.1 100 Continue\r\n\r\n");
     return in_body_ = true;
   }
   /// When the answer was parked, this is called again, and takes nothing.
   bool take_body(std::string_view& input) {
     if (request_.chunked) {
-      size_t used = 0;
-      const auto result = request_.chunks.feed(input, used, largest() + 1);
-      input.remove_prefix(used);
-      if (result == ChunkDecoder::Result::kBad) return refuse(400, "INVALID_REQUEST");
-      if (result == ChunkDecoder::Result::kMore) return false;
+      const Chunks taken = take_chunks(input, request_.body, largest() + 1);
+      if (taken == Chunks::kBad) return refuse(400, "INVALID_REQUEST");
+      if (taken == Chunks::kMore) return false;
       request_.chunked = false;
-      request_.body = std::move(request_.chunks.body);
     }
     if (input.size() < request_.length) return false;
     request_.body += take_front(input, std::exchange(request_.length, 0));
@@ -4232,7 +4201,7 @@ class HttpSession : public Session {
     if (parked) return false;
     const HttpRequest& r = request_;
     if (r.path != "/pub" && r.path != "/mpub")
-      logger_.say(Level::kInfo, response_.status.substr(0, 3), " ", r.method, " ", r.target, " (", peer_, ")");
+      host_.logger.say(Level::kInfo, response_.status.substr(0, 3), " ", r.method, " ", r.target, " (", peer_, ")");
     in_body_ = false;
     timer_.set(kNever);
     return send();
@@ -4240,7 +4209,7 @@ class HttpSession : public Session {
 
   /// This returns true and fail false, so that endpoints and their steps can end with either.
   bool respond(std::string body, std::string_view type = kText) {
-    if (!body.empty()) response_.headers += text("Content-Type: ", type, "\r\n");
+    if (!body.empty()) response_.headers.append("Content-Type: ").append(type).append("\r\n");
     response_.body = std::move(body);
     return true;
   }
@@ -4257,8 +4226,8 @@ class HttpSession : public Session {
   bool send() {
     const time_t now = static_cast<time_t>(broker_.now.wall / kSecond);
     tm utc{};
-    const std::string date = time_text("%a, %d %b %Y %H:%M:%S GMT", *::gmtime_r(&now, &utc));
-    port.out.append(text("HTTP/1.1 ", response_.status, "\r\nDate: ", date, "\r\n", response_.headers,
+    if (std::exchange(dated_, now) != now) date_ = time_text("%a, %d %b %Y %H:%M:%S GMT", *::gmtime_r(&now, &utc));
+    port.out.append(text("HTTP/1.1 ", response_.status, "\r\nDate: ", date_, "\r\n", response_.headers,
                          "Connection: ", request_.keep_alive ? "keep-alive" : "close",
                          "\r\nContent-Length: ", response_.body.size(), "\r\n\r\n"));
     if (request_.method != "HEAD") port.out.append(response_.body);
@@ -4302,7 +4271,8 @@ class HttpSession : public Session {
   bool route() {
     const Route* route = find_route(request_.path);
     if (route == nullptr) return redirect();
-    const bool allowed = text(" ", route->methods, ",").find(text(" ", request_.method, ",")) != std::string::npos;
+    bool allowed = false;
+    for (std::string_view rest = route->methods; !rest.empty();) allowed |= trimmed(cut(rest, ',')) == request_.method;
     if (!allowed || request_.method == "OPTIONS") {
       response_.headers = text(allowed ? "" : response_.headers, "Allow: ", route->methods, "\r\n");
       return allowed || fail(405, "METHOD_NOT_ALLOWED");
@@ -4313,23 +4283,28 @@ class HttpSession : public Session {
   }
   /// A path that is wrong only by slashes or letter case leads to the right one; / is the page, for browsers only.
   bool redirect() {
-    if (request_.path == "/" && request_.headers.has("Accept", "text/html")) return show_page();
+    if (request_.path == "/" && request_.headers.has("accept", "text/html")) {
+      response_.headers = text("Cache-Control: no-cache\r\nX-Content-Type-Options: nosniff\r\n",
+                               "Content-Security-Policy: ", kPagePolicy, "\r\n");
+      return respond(std::string(kPage), "text/html; charset=utf-8");
+    }
+    const std::string query = request_.target.substr(std::min(request_.target.find('?'), request_.target.size()));
     std::string path;
     for (std::string_view rest = request_.path; !rest.empty();)
       if (const std::string_view part = cut(rest, '/'); !part.empty()) path += "/" + lower(part);
     if (find_route(path) == nullptr) return fail(404, "NOT_FOUND");
     response_.status = request_.method == "GET" ? "301 Moved Permanently" : "307 Temporary Redirect";
-    response_.headers = text("Location: ", path, request_.query.empty() ? "" : "?", request_.query, "\r\n");
+    response_.headers = text("Location: ", path, query, "\r\n");
     return true;
   }
   /// Whether a browser may send this for a page of another site, even one whose name was made to lead here. Programs
   /// that are no browsers send neither Origin nor Sec-Fetch-Site.
   bool forged() const {
-    const HttpHeaders& headers = request_.headers;
-    const std::string origin = headers.value("Origin"), site = headers.value("Sec-Fetch-Site");
-    const std::string host = lower(headers.value("Host")), name = host.substr(0, host.rfind(':'));
+    const auto header = [this](std::string_view name) { return lower(request_.headers.get(name).value_or("")); };
+    const std::string origin = header("origin"), site = header("sec-fetch-site"), host = header("host");
+    const std::string name = host.substr(0, host.rfind(':'));
     if (origin.empty() && site.empty()) return false;
-    if (!origin.empty() && lower(origin) != "http://" + host) return true;
+    if (!origin.empty() && origin != "http://" + host) return true;
     if (!site.empty() && site != "same-origin" && site != "none") return true;
     const bool address = host[0] == '[' || (!name.empty() && name.find_first_not_of(".0123456789") == name.npos);
     const bool known = name == lower(host_name()) || name == lower(options_.broadcast_address);
@@ -4338,10 +4313,10 @@ class HttpSession : public Session {
   /// Sets topic_ and channel_. False when the response tells what is wrong with their names, or when the request is
   /// parked because nsqlookupd has to be asked for the channels of a new topic first.
   bool find_names(Needs needs) {
-    const auto topic = request_.parameter("topic"), channel = request_.parameter("channel");
-    const bool of_channel = needs >= kChannel;
     if (needs == kNothing) return true;
-    if (!request_.query_valid()) return fail(400, "INVALID_REQUEST");
+    if (!request_.query_valid) return fail(400, "INVALID_REQUEST");
+    const auto topic = request_.parameters.get("topic"), channel = request_.parameters.get("channel");
+    const bool of_channel = needs >= kChannel;
     if (!topic) return fail(400, "MISSING_ARG_TOPIC");
     if (needs != kTopic && !valid_name(*topic)) return fail(400, of_channel ? "INVALID_ARG_TOPIC" : "INVALID_TOPIC");
     if (of_channel && !channel) return fail(400, "MISSING_ARG_CHANNEL");
@@ -4365,10 +4340,9 @@ class HttpSession : public Session {
     return respond(health);
   }
   bool info() {
-    const auto [tcp_port, http_port] = ports_();
     JsonWriter json;
     json.open('{').member("version", kProtocolVersion).member("broadcast_address", options_.broadcast_address);
-    json.member("hostname", host_name()).member("http_port", http_port).member("tcp_port", tcp_port);
+    json.member("hostname", host_name()).member("http_port", host_.http_port).member("tcp_port", host_.tcp_port);
     json.member("start_time", host_.started_wall / kSecond);
     json.member("max_heartbeat_interval", int64_t{options_.max_heartbeat_interval.count()});
     json.member("max_output_buffer_size", options_.max_output_buffer_size);
@@ -4377,54 +4351,48 @@ class HttpSession : public Session {
     return respond(json.member("topology_region", options_.topology_region).close('}').out, kJson);
   }
   bool show_stats() {
-    if (!request_.query_valid()) return fail(400, "INVALID_REQUEST");
-    const StatsQuery query{request_.parameter("topic").value_or(""), request_.parameter("channel").value_or(""),
-                           request_.wanted("include_clients"), request_.wanted("include_mem")};
+    if (!request_.query_valid) return fail(400, "INVALID_REQUEST");
+    const HttpFields& given = request_.parameters;
+    const StatsQuery query{std::string(given.get("topic").value_or("")), std::string(given.get("channel").value_or("")),
+                           given.wanted("include_clients"), given.wanted("include_mem")};
     const Stats stats = take_stats(host_, query);
     const bool topic_known = query.topic.empty() || broker_.find(query.topic) != nullptr;
-    if (request_.parameter("format") == "json") return respond(stats_json(stats, query, topic_known), kJson);
+    if (given.get("format") == "json") return respond(stats_json(stats, query, topic_known), kJson);
     return respond(stats_text(stats, query, broker_.now, host_.started_wall));
   }
   bool show_metrics() {
     const Stats stats = take_stats(host_, {{}, {}, false, false});
     return respond(metrics_text(stats, host_.connections()), "text/plain; version=0.0.4; charset=utf-8");
   }
-  bool show_page() {
-    response_.headers = text("Cache-Control: no-cache\r\nX-Content-Type-Options: nosniff\r\nContent-Security-Policy: ",
-                             kPagePolicy, "\r\n");
-    return respond(std::string(kPage), "text/html; charset=utf-8");
-  }
 
   size_t largest() const { return static_cast<size_t>(std::max(options_.max_msg_size, options_.max_body_size)); }
   bool is_message(size_t size) const { return size <= static_cast<size_t>(options_.max_msg_size); }
 
-  bool publish(const std::vector<std::string_view>& bodies, int64_t delay) {
-    return topic_->publish(bodies.data(), bodies.size(), delay).ok() ? respond("OK") : fail(503, "EXITING");
+  bool publish(const std::string_view* bodies, size_t count, int64_t delay) {
+    return topic_->publish(bodies, count, delay).ok() ? respond("OK") : fail(503, "EXITING");
   }
   bool pub() {
     if (!is_message(request_.body.size())) return fail(413, "MSG_TOO_BIG");
     if (request_.body.empty()) return fail(400, "MSG_EMPTY");
     if (!find_names(kNewTopic)) return false;
-    const auto ms = decimal(request_.parameter("defer").value_or("0"), true);
+    const auto ms = decimal(request_.parameters.get("defer").value_or("0"), true);
     if (!ms || *ms < 0 || *ms > options_.max_req_timeout.count() / kMillisecond) return fail(400, "INVALID_DEFER");
-    return publish({request_.body}, *ms * kMillisecond);
+    const std::string_view body = request_.body;
+    return publish(&body, 1, *ms * kMillisecond);
   }
   bool mpub() {
     std::vector<std::string_view> bodies;
-    const bool binary = request_.parameter("binary") && request_.wanted("binary");
-    return (binary ? split_binary(bodies) : split_lines(bodies)) && publish(bodies, 0);
-  }
-  bool split_lines(std::vector<std::string_view>& bodies) {
-    if (request_.body.size() > static_cast<size_t>(options_.max_body_size)) return fail(413, "BODY_TOO_BIG");
-    for (std::string_view rest = request_.body; !rest.empty();) {
+    const bool binary = request_.parameters.get("binary") && request_.parameters.wanted("binary");
+    if (!binary && request_.body.size() > static_cast<size_t>(options_.max_body_size)) return fail(413, "BODY_TOO_BIG");
+    for (std::string_view rest = request_.body; !binary && !rest.empty();) {
       const std::string_view line = cut(rest, '\n');
       if (!is_message(line.size())) return fail(413, "MSG_TOO_BIG");
       if (!line.empty()) bodies.push_back(line);
     }
-    return true;
+    return (!binary || split(bodies)) && publish(bodies.data(), bodies.size(), 0);
   }
   /// count { size body }*
-  bool split_binary(std::vector<std::string_view>& bodies) {
+  bool split(std::vector<std::string_view>& bodies) {
     std::string_view rest = request_.body;
     const auto number = [&rest] {  // 0 where the body ends too early; as a number, it would be wrong as well
       const std::string_view bytes = take_front(rest, 4);
@@ -4441,37 +4409,34 @@ class HttpSession : public Session {
   }
 
   bool config() {
-    const std::string key = request_.path.substr(8);
-    if (request_.method == "PUT" && !change(key, request_.body)) return false;
+    const std::string key = request_.path.substr(8), &value = request_.body;
+    const bool put = request_.method == "PUT";
+    if (put && (value.empty() || !is_message(value.size()))) return fail(413, "INVALID_VALUE");
+    if (put && key == "log_level") {
+      const auto level = parse_level(value);
+      if (!level) return fail(400, "INVALID_VALUE");
+      host_.logger.set_level(host_.options.log_level = *level);
+    } else if (put && key == "nsqlookupd_tcp_addresses") {
+      JsonParser parser{value};
+      const Json list = parser.parse();
+      std::vector<std::string> addresses;
+      for (const Json& item : list.items)
+        if (item.is(Json::Type::kString)) addresses.push_back(item.string);
+      if (!list.is(Json::Type::kArray) || addresses.size() < list.items.size()) return fail(400, "INVALID_VALUE");
+      host_.set_lookupds(addresses);
+    } else if (put) return fail(400, "INVALID_OPTION");
     const auto shown = show_option(options_, key);
     return shown ? respond(shown->value, shown->json ? kJson : kText) : fail(400, "INVALID_OPTION");
   }
-  bool change(const std::string& key, const std::string& value) {
-    if (value.empty() || !is_message(value.size())) return fail(413, "INVALID_VALUE");
-    if (key == "log_level") {
-      const auto level = parse_level(value);
-      if (level) logger_.set_level(options_.log_level = *level);
-      return level || fail(400, "INVALID_VALUE");
-    }
-    if (key != "nsqlookupd_tcp_addresses") return fail(400, "INVALID_OPTION");
-    JsonParser parser{value};
-    const Json list = parser.parse();
-    std::vector<std::string> addresses;
-    for (const Json& item : list.items)
-      if (item.is(Json::Type::kString)) addresses.push_back(item.string);
-    const bool good = list.is(Json::Type::kArray) && addresses.size() == list.items.size() && parser.error.empty();
-    if (good) host_.set_lookupds(addresses);
-    return good || fail(400, "INVALID_VALUE");
-  }
 
   Host& host_;
-  Broker& broker_;
-  Options& options_;
-  Logger& logger_;
-  std::string peer_;
-  std::function<std::pair<int, int>()> ports_;  // TCP and HTTP, as listened on
+  Broker& broker_ = host_.broker;
+  const Options& options_ = host_.options;
+  const std::string peer_;
   HttpRequest request_;
   Response response_;  // 200 with nothing, until somebody sets another
+  time_t dated_ = 0;
+  std::string date_;  // dated_ as headers show it
   Topic* topic_ = nullptr;
   Channel* channel_ = nullptr;
   bool in_body_ = false;  // the head has arrived; with it, the body may have, too
@@ -4520,23 +4485,22 @@ class HttpCall : public Session {
     const std::string_view all = received_;
     const size_t line = all.find("\r\n"), end = all.find("\r\n\r\n");
     if (all.size() > kLargestAnswer) return finish({}, "answer too large");
-    HttpHeaders headers;
-    ChunkDecoder chunks;
+    HttpFields headers;
+    std::string body;
     bool whole = end != all.npos;
     if (whole) {
       if (!headers.parse(all.substr(line + 2, end - line))) return finish({}, "not HTTP");
-      const std::string_view body = all.substr(end + 4);
-      const bool chunked = headers.has("Transfer-Encoding", "chunked");
-      const std::string* size = headers.find("Content-Length");
-      const auto length = static_cast<size_t>(decimal(size == nullptr ? "" : *size).value_or(kNever));
-      size_t used = 0;
-      if (!chunked) chunks.body = body.substr(0, length);
-      if (chunked) whole = chunks.feed(body, used, kLargestAnswer) == ChunkDecoder::Result::kDone;
-      else whole = size != nullptr ? body.size() >= length : final;
+      std::string_view rest = all.substr(end + 4);
+      const bool chunked = headers.has("transfer-encoding", "chunked");
+      const auto length = headers.get("content-length");
+      const auto size = static_cast<size_t>(decimal(length.value_or("")).value_or(kNever));
+      if (!chunked) body = rest.substr(0, size);
+      if (chunked) whole = take_chunks(rest, body, kLargestAnswer) == Chunks::kDone;
+      else whole = length ? rest.size() >= size : final;
     }
     if (!whole) return final ? finish({}, "connection closed") : void();
     if (!ends_with(all.substr(0, 12), " 200")) return finish({}, text(all.substr(0, std::min<size_t>(line, 100))));
-    JsonParser parser{chunks.body};
+    JsonParser parser{body};
     const Json answer = parser.parse();
     finish(answer, parser.error);
   }
@@ -5336,7 +5300,7 @@ class Engine {
       : options_(completed(std::move(given))), logger_(options_),
         directory_(options_.mem_only ? "" : options_.data_path.empty() ? "." : options_.data_path),
         lock_(options_.mem_only ? nullptr : std::make_unique<DirectoryLock>(directory_)),
-        broker_(options_, logger_, directory_), host_(broker_), loop_(broker_),
+        broker_(options_, logger_, directory_), host_(broker_, options_, logger_), loop_(broker_),
         cluster_(broker_, [this](const auto& address, const auto& session) { loop_.dial(address, session, *worker_); }),
         sync_timer_(broker_.timers, [this] { sync_due_ = true; }),
         statsd_timer_(broker_.timers, [this] { push_statsd(); }) {
@@ -5367,8 +5331,8 @@ class Engine {
     lock_.reset();
     logger_.say(Level::kInfo, "NSQ: bye");
   }
-  int tcp_port() const { return tcp_port_; }
-  int http_port() const { return http_port_; }
+  int tcp_port() const { return host_.tcp_port; }
+  int http_port() const { return host_.http_port; }
 
   /// Runs a task on the loop's thread and waits until its turn is over, so that what it has changed is as durable as
   /// the options ask for. False when the daemon does not run.
@@ -5473,14 +5437,11 @@ class Engine {
       const auto split = split_address(peer);
       return std::make_shared<V2Session>(host_, peer, split ? split->first : "");
     };
-    auto http = [this](const std::string& peer) {
-      auto ports = [this] { return std::make_pair(tcp_port_, http_port_); };
-      return std::make_shared<HttpSession>(host_, options_, logger_, peer, ports);
-    };
-    tcp_port_ = loop_.listen("TCP", options_.tcp_address, tcp);
-    if (!options_.http_address.empty()) http_port_ = loop_.listen("HTTP", options_.http_address, http);
-    if (options_.broadcast_tcp_port == 0) options_.broadcast_tcp_port = tcp_port_;
-    if (options_.broadcast_http_port == 0) options_.broadcast_http_port = http_port_;
+    auto http = [this](const std::string& peer) { return std::make_shared<HttpSession>(host_, peer); };
+    host_.tcp_port = loop_.listen("TCP", options_.tcp_address, tcp);
+    if (!options_.http_address.empty()) host_.http_port = loop_.listen("HTTP", options_.http_address, http);
+    if (options_.broadcast_tcp_port == 0) options_.broadcast_tcp_port = host_.tcp_port;
+    if (options_.broadcast_http_port == 0) options_.broadcast_http_port = host_.http_port;
     std::string host = text(options_.broadcast_address, ":", options_.broadcast_http_port);
     std::replace_if(host.begin(), host.end(), [](char c) { return c == '.' || c == ':'; }, '_');
     std::string& prefix = options_.statsd_prefix;
@@ -5603,7 +5564,6 @@ class Engine {
   Cluster cluster_;
   StatsdFeed statsd_;
   Timer sync_timer_, statsd_timer_;
-  int tcp_port_ = 0, http_port_ = 0;
   std::atomic<bool> ending_{false};  // for the loop, and for the worker: it does not begin another fsync
   int64_t next_sync_ = 0;            // not before that time
   bool writing_metadata_ = false, syncing_ = false, sync_due_ = false;

@@ -3863,7 +3863,7 @@ struct Stage {
   nsqd::Options options;
   Logger logger{options};
   Broker broker{options, logger, ""};
-  Host host{broker};
+  Host host{broker, options, logger};
   std::deque<Wire> wires;
   std::unique_ptr<Cluster> cluster;
 
@@ -3872,12 +3872,12 @@ struct Stage {
     host.look_up = [this](string_view topic, Session& session) {
       return cluster != nullptr && cluster->look_up(topic, session);
     };
-    host.ask_auth = [this](V2Session& session) { cluster->ask_auth(session); };
+    host.ask_auth = [this](V2Session& session) { cluster->ask_auth(session, 0, options.auth_http_address.size()); };
     host.set_lookupds = [](const Strings&) {};
     host.connections = [this] { return wires.size(); };
-    host.each_client = [this](const std::function<void(const V2Session&)>& visit) {
+    host.each_session = [this](const std::function<void(const Session&)>& visit) {
       for (Wire& wire : wires)
-        if (wire.kind == 'V' && wire.session != nullptr) visit(static_cast<V2Session&>(*wire.session));
+        if (wire.session != nullptr) visit(*wire.session);
     };
     for (const char kind : kinds) wires.push_back({kind});
   }
@@ -3896,8 +3896,7 @@ struct Stage {
     if (wire.session == nullptr && wire.kind == 'V')
       wire = {'V', std::make_shared<V2Session>(host, "1.2.3.4:5", "1.2.3.4")};
     if (wire.session == nullptr && wire.kind == 'H')
-      wire = {'H', std::make_shared<HttpSession>(host, options, logger, "1.2.3.4:5",
-                                                 [] { return std::make_pair(4150, 4151); })};
+      wire = {'H', std::make_shared<HttpSession>(host, "1.2.3.4:5")};
     if (wire.session == nullptr || (wire.kind == 'D' && !wire.connected)) return;
     Session& session = *wire.session;
     const Port& port = session.port;
@@ -3990,7 +3989,7 @@ void peer(string_view in) {
   stage.broker.on_change = [&stage](const Topic& topic, const Channel* channel, bool created) {
     stage.cluster->tell(topic, channel, created);
   };
-  stage.cluster->start(4150, 4151);
+  stage.cluster->set_peers(options.lookupd_tcp_address);
   stage.play(in);
   stage.broker.on_change = nullptr;
 }
@@ -4035,8 +4034,8 @@ void check_options(const Strings& arguments, const std::string& file, size_t len
   try {
     nsqd::Options options = options_of(arguments);
     complete_options(options);
-    for (size_t i = length % 10; i < nsqd::detail::flags().size(); i += 10) {
-      const auto shown = show_option(options, nsqd::detail::flags()[i].key_text());
+    for (size_t i = length % 10; i < std::size(nsqd::detail::flags()); i += 10) {
+      const auto shown = show_option(options, nsqd::detail::flags()[i].key());
       JsonParser parser(shown ? string_view(shown->value) : "null");
       if (shown && shown->json) parser.parse();
       CHECK_EQ(parser.error, "");
@@ -4261,7 +4260,7 @@ Strings http_seeds() {
         "GET /stats", "GET /stats?format=json&topic=t&channel=c&include_clients=0&include_mem=false", "GET /metrics",
         "POST /topic/empty?topic=t", "POST /channel/delete?topic=t&channel=c", "POST /topic/delete?topic=t"})
     all += request(line);
-  for (const Flag& flag : nsqd::detail::flags()) config += request("GET /config/" + flag.key_text());
+  for (const Flag& flag : nsqd::detail::flags()) config += request("GET /config/" + flag.key());
   return {
       all,
       config,
@@ -4327,10 +4326,10 @@ Strings json_seeds() {
           "[1e5,01]"};
 }
 // What the function says of each flag that is a setting, five of them in a seed; then the seeds that are given.
-Strings of_all_flags(const std::function<std::string(const Flag&)>& line, const Strings& others) {
+Strings of_all_flags(std::string (*line)(const Flag&), const Strings& others) {
   Strings seeds;
   for (const Flag& flag : nsqd::detail::flags()) {
-    if (flag.key.empty()) continue;
+    if (!show_option(nsqd::Options(), flag.key())) continue;  // it is no setting
     if (seeds.empty() || std::count(seeds.back().begin(), seeds.back().end(), '\n') == 5) seeds.emplace_back();
     seeds.back() += line(flag) + "\n";
   }
@@ -4340,7 +4339,7 @@ Strings of_all_flags(const std::function<std::string(const Flag&)>& line, const 
 Strings config_seeds() {
   const auto line = [](const Flag& flag) {
     const bool words = flag.sets<std::string>() || flag.sets<Texts>();
-    return flag.key_text() + " = " +
+    return flag.key() + " = " +
            (words                  ? "\"x\""
             : flag.sets<Numbers>() ? "[0.5, 1.0]"
             : flag.is_bool()       ? "false"
@@ -4354,7 +4353,7 @@ Strings config_seeds() {
 Strings flags_seeds() {
   std::string nans = "--e2e-processing-latency-percentile=";
   for (int i = 0; i < 20; i++) nans += i % 3 == 0 ? "nan," : "0.5,1,";
-  const auto line = [](const Flag& flag) { return "--" + std::string(flag.name) + "=" + default_text(flag); };
+  const auto line = [](const Flag& flag) { return "--" + std::string(flag.name) + "=" + show_option(nsqd::Options(), flag.key())->value; };
   return of_all_flags(line,
                       {nans + "1", "-tcp-address\n1.2.3.4:5\n--mem-only\n--sync-every=0x_10\n--\nx",
                        "--msg-timeout=1h2m3.000000001s\n--max-msg-timeout=-1.5us", "--help", "-version", "--mem-onyl",
