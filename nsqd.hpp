@@ -3039,7 +3039,7 @@ class Pattern {
 
  private:
   /// regcomp writes repetitions out, and takes hours for some nestings. So a group that is repeated may hold no count and no
-  /// repeated group, no alternative may be empty, and there are no back references, as in Go.
+  /// repeated group, nothing is repeated twice, no alternative is empty, and there are no back references (nor in Go).
   static bool cheap(std::string_view posix) {
     std::vector<bool> costly(1, false);  // the open groups: whether a count or a repeated group is in it
     bool in_set = false, fine = posix.size() <= 512 && posix.find('\0') == posix.npos;
@@ -3055,7 +3055,8 @@ class Pattern {
         costly.back() = costly.back() || repeated || inside;
         fine = fine && !(repeated && inside);
       }
-      if (!in_set && c == '{') fine = before != '}' && before != '*' && before != '+' && before != '?';
+      const bool repeats = !in_set && std::string_view("*+?{").find(c) != std::string_view::npos;
+      fine = fine && !(repeats && std::string_view("*+?}").find(before) != std::string_view::npos);
       if (!in_set && c == '{') costly.back() = true;
       fine = fine && costly.size() <= 32;
       before = c;

@@ -4314,6 +4314,7 @@ Strings pattern_seeds() {
           "(((((((||||||||)+)(()+)+)+)+)+\\w+||)+)(()+)+)+",
           std::string(13, '(') + nested.substr(21),
           "(a*)*\\1b",
+          "\\d" + std::string(24, '+') + "d",
           std::string(60, '('),
           "[[:alpha:]]{1,64}[^]a]+"};
 }
