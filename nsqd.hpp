@@ -5014,13 +5014,14 @@ class Loop {
   /// at all of them in a tenth of the time only.
   size_t wait() {
     const bool many_idle = fds_.size() - hot_end_ > kFewIdle && hot_end_ > first();
-    if (const size_t polled = many_idle ? poll(hot_end_, next_look_) : 0) return polled;
+    const bool busy_only = many_idle && broker_.now.steady < next_look_;
+    if (const size_t polled = busy_only ? poll(hot_end_, next_look_) : 0) return polled;
     const int64_t begun = broker_.now.steady;
     const size_t polled = poll(fds_.size(), many_idle ? 0 : kNever);
-    const int64_t pause = std::clamp(9 * (broker_.now.steady - begun), kMillisecond, 20 * kMillisecond);
-    next_look_ = broker_.now.steady + pause;
+    look_every_ = std::clamp(9 * (broker_.now.steady - begun), kMillisecond, 20 * kMillisecond);
+    next_look_ = broker_.now.steady + look_every_;
     for (size_t i = hot_end_; i-- > first();)
-      if (broker_.now.steady - connections_[i]->active > 5 * pause) swap_slots(i, --hot_end_);
+      if (broker_.now.steady - connections_[i]->active > 5 * look_every_) swap_slots(i, --hot_end_);
     return polled;
   }
   /// Looks at the first `count`, until the time `until` or the next timer if that is sooner; 0 when none is ready.
@@ -5143,7 +5144,7 @@ class Loop {
 
   // ---- reading
   void serve(Connection& connection, short events) {
-    const bool again = broker_.now.steady - std::exchange(connection.active, broker_.now.steady) < 5 * kMillisecond;
+    const bool again = broker_.now.steady - std::exchange(connection.active, broker_.now.steady) < 3 * look_every_;
     if (again && connection.slot >= hot_end_) swap_slots(connection.slot, hot_end_++);
     if (connection.session->port.dropped) return;
     if (connection.state == State::kConnecting) finish_connecting(connection);
@@ -5246,7 +5247,7 @@ class Loop {
   std::vector<pollfd> fds_;  // the wake-up pipe, the listeners, the busy connections, and from hot_end_ on the others
   std::vector<std::shared_ptr<Connection>> connections_;
   size_t hot_end_ = 1;
-  int64_t next_look_ = 0;  // at all connections, while some are busy
+  int64_t next_look_ = 0, look_every_ = kMillisecond;  // at all connections, while some are busy
   std::vector<Connection*> attended_, writing_, closed_;
   std::mutex mutex_;  // for the tasks
   std::vector<std::function<void()>> tasks_;
