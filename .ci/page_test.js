@@ -113,6 +113,7 @@ async function main() {
   await page.keyboard.press('Enter');
   await until('and a channel, by keyboard', async () => (await topic('orders#ephemeral')).channels[0].channel_name === 'mail');
 
+  await until('the dialog closes by itself', async () => await page.locator('dialog[open]').count() === 0);
   await page.getByLabel('Filter by name').fill('ORDERS');
   await until('the filter narrows', async () => await page.locator('tr[id*="/"]:visible').count() === 2);
   await page.getByLabel('Filter by name').fill('');
