@@ -1242,7 +1242,8 @@ class Segment {
   }
   /// Writes a record, which counts from the next commit() on. Needs has_room. The records of a large batch are `staged`: put
   /// together elsewhere, and written by commit as one piece.
-  void append(const MessageId& id, int64_t timestamp, std::string_view body, int64_t due, uint16_t attempts, std::string* staged) {
+  void append(const MessageId& id, int64_t timestamp, std::string_view body, int64_t due, uint16_t attempts,
+              std::string* staged) {
     const size_t before = due != 0 ? 8 : 0, size = before + kFrameHead + body.size();
     if (staged != nullptr) staged->resize(staged->size() + size);
     char* const begin = staged != nullptr ? &(*staged)[staged->size() - size] : file.data() + end_of_frames_;
@@ -1472,7 +1473,8 @@ class Spares {
   void keep(std::unique_ptr<Segment> segment) {
     MappedFile& file = segment->file;
     const bool wanted = spares_.size() < kMost && file.size() <= kWarmSegment && file.size() >= kWarmSegment / 8;
-    if (!wanted || !file.open().ok() || !file.rename(text(storage_.directory, "/", ++named_, ".spare"), storage_).ok()) file.remove();
+    const std::string name = text(storage_.directory, "/", ++named_, ".spare");
+    if (!wanted || !file.open().ok() || !file.rename(name, storage_).ok()) file.remove();
     else spares_.push_back(std::move(segment));
   }
   void remove_all() {
@@ -1513,7 +1515,8 @@ class Log {
   }
 
   /// Stores a message, which counts from the next commit on.
-  Status append(const MessageId& id, int64_t timestamp, std::string_view body, int64_t due, bool in_batch, uint16_t attempts = 1) {
+  Status append(const MessageId& id, int64_t timestamp, std::string_view body, int64_t due, bool in_batch,
+                uint16_t attempts = 1) {
     Segment* last = tail();
     if (last == nullptr || !last->has_room(body.size(), due != 0)) {
       Status status = roll(body.size());
