@@ -1080,6 +1080,12 @@ class MappedFile {
   }
   /// Gives the memory back to the kernel; the content stays in the file. Memory that is in no file has no other place.
   void close() { if (!anonymous()) unmap(); }
+  /// Gives back the space behind `size`.
+  void shrink(size_t size) {
+    if (size_ <= size || (!anonymous() && ::truncate(path_.c_str(), static_cast<off_t>(size)) != 0)) return;
+    if (mapped()) ::munmap(data_ + size, size_ - size);
+    size_ = size;
+  }
   void remove() {
     unmap();
     if (!anonymous()) ::unlink(path_.c_str());
@@ -1824,8 +1830,9 @@ class HeldMessages {
     pool_[slot].next = std::exchange(free_, slot);
     --used_;
   }
-  /// A channel that holds nothing needs no memory for it.
+  /// A channel that holds nothing needs no space for it.
   void shrink() {
+    ledger_.file.shrink(kPageSize);
     pool_ = {};
     table_ = {};
     free_ = kNoSlot;
@@ -4978,7 +4985,10 @@ class Loop {
       std::vector<SocketAddress> found;
       static_cast<void>(resolve(address, SOCK_STREAM, 0, found));  // none: it fails
       post([this, dialling, found] {
-        if (const auto connection = dialling.lock()) connect(*connection, found);
+        const auto connection = dialling.lock();
+        if (connection == nullptr || connection->session->port.dropped) return;
+        connection->untried.assign(found.rbegin(), found.rend());
+        connect_to_next(*connection);
       });
     });
   }
@@ -5021,6 +5031,7 @@ class Loop {
     int64_t active = 0;      // when something arrived last
     bool attended = false;   // listed in attended_, or in closed_ for good
     std::string input = {};  // what has arrived and is not done with
+    std::vector<SocketAddress> untried = {};  // addresses of the name that is dialled, the next one last
   };
 
   // ---- waiting
@@ -5136,9 +5147,10 @@ class Loop {
     pause_.set(broker_.now.steady + kSecond);
   }
 
-  void connect(Connection& connection, const std::vector<SocketAddress>& addresses) {
-    if (connection.session->port.dropped) return;
-    for (const SocketAddress& address : addresses) {
+  void connect_to_next(Connection& connection) {
+    while (!connection.untried.empty()) {
+      const SocketAddress address = connection.untried.back();
+      connection.untried.pop_back();
       Fd fd = open_socket(address.family());
       if (!fd || (::connect(fd.get(), address.get(), address.size) != 0 && errno != EINPROGRESS)) continue;
       fds_[connection.slot] = {fd.get(), POLLOUT, 0};
@@ -5151,7 +5163,7 @@ class Loop {
     int code = 0;
     socklen_t size = sizeof code;
     ::getsockopt(connection.fd.get(), SOL_SOCKET, SO_ERROR, &code, &size);
-    if (code != 0) return lose(connection);
+    if (code != 0) return connect_to_next(connection);  // localhost may be two places, and a server on one of them only
     connection.state = State::kOpen;
     connection.session->connected();
     attend(connection);

@@ -1664,6 +1664,19 @@ TEST(a_deferred_message_comes_when_it_is_due_and_not_before) {
   CHECK(ms_since(start) >= 895);
 }
 
+TEST(the_space_that_many_deferred_messages_took_is_given_back) {
+  Process d({"--msg-timeout=300ms"});
+  Client consumer(d), publisher(d);
+  consumer.sub("t", "c", 1000);
+  for (int i = 0; i < 500; i++) publisher.dpub("t", 100, "x");
+  for (int i = 0; i < 500; i++) consumer.fin(consumer.message());
+  const std::string ledger = d.data_path + "/t:c.ledger";
+  CHECK(read_file(ledger).size() > 4096);
+  EVENTUALLY(read_file(ledger).size() == 4096);
+  publisher.pub("t", "again");
+  CHECK_EQ(consumer.message().body, "again");
+}
+
 TEST(only_the_one_who_holds_a_message_can_finish_it) {
   Process d;
   Client holder(d), other(d);
@@ -2981,6 +2994,25 @@ TEST(an_ephemeral_channel_beside_an_ordinary_one_costs_it_nothing) {
 // Back-pressure and hostile clients
 // =====================================================================================================================
 
+TEST(a_busy_pair_does_not_wait_for_many_idle_clients) {
+  Process d;
+  Client consumer(d), publisher(d);
+  consumer.sub("t", "c", 1);
+  const auto round_trips = [&] {
+    const auto start = Clock::now();
+    for (int i = 0; i < 500; i++) {
+      publisher.pub("t", "x");
+      consumer.fin(consumer.message());
+    }
+    return ms_since(start);
+  };
+  const auto alone = round_trips();
+  std::vector<Client> idle;
+  for (int i = 0; i < 200; i++) idle.emplace_back(d);
+  EVENTUALLY(round_trips() < 4 * alone);  // it would be ten times that if one of the two were looked at rarely
+  for (auto& one : idle) one.pub("u", "x");
+}
+
 TEST(slow_and_silent_clients_delay_nobody) {
   Process d;
   std::vector<Client> slow;
@@ -3520,6 +3552,13 @@ TEST(an_nsqlookupd_is_told_of_all_topics_and_channels_and_again_after_it_was_awa
   again.told({"REGISTER t c\n", "REGISTER u\n", "REGISTER v\n"});
   post(d, "/channel/delete?topic=t&channel=c");
   again.told({"UNREGISTER t c\n"});
+}
+
+TEST(of_the_addresses_of_a_name_all_are_tried) {
+  const Listener lookupd;  // at 127.0.0.1, while an empty host is ::1, too, which comes first
+  const std::string port = lookupd.address().substr(lookupd.address().rfind(':'));
+  Process d({"--lookupd-tcp-address=" + port});
+  LookupConversation{lookupd.accept()}.identify();
 }
 
 TEST(an_nsqlookupd_that_is_silent_or_mad_delays_nobody) {
