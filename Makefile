@@ -4,7 +4,8 @@ CXX      ?= g++
 STD      ?= c++17
 OPT      ?= -O2
 TEST_OPT ?= -O0 -g
-WARNINGS  = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror
+WERROR   ?=
+WARNINGS  = -Wall -Wextra -Wpedantic -Wshadow -Wconversion $(WERROR)
 CXXFLAGS  = -std=$(STD) $(WARNINGS) -pthread -I.
 PREFIX   ?= /usr/local
 BUILD    ?= .build

@@ -419,15 +419,16 @@ Number load(const char* from) {
 template <typename Number>
 void store(char* to, Number number) { std::memcpy(to, &number, sizeof number); }
 template <typename Number>
-Number get_be(const char* from) {
-  Number number = 0;
-  for (size_t i = 0; i < sizeof number; ++i) number = static_cast<Number>(number << 8 | static_cast<uint8_t>(from[i]));
-  return number;
+Number big_endian(Number number) {  // a loop over the bytes would cost a publish 5 %
+  if constexpr (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__) return number;
+  else if constexpr (sizeof number == 2) return static_cast<Number>(__builtin_bswap16(static_cast<uint16_t>(number)));
+  else if constexpr (sizeof number == 4) return static_cast<Number>(__builtin_bswap32(static_cast<uint32_t>(number)));
+  else return static_cast<Number>(__builtin_bswap64(static_cast<uint64_t>(number)));
 }
 template <typename Number>
-void put_be(char* to, Number number) {
-  for (size_t i = sizeof number; i-- > 0; number = static_cast<Number>(number >> 8)) to[i] = static_cast<char>(number & 255);
-}
+Number get_be(const char* from) { return big_endian(load<Number>(from)); }
+template <typename Number>
+void put_be(char* to, Number number) { store(to, big_endian(number)); }
 
 inline constexpr std::string_view kDigits = "0123456789", kHexDigits = "0123456789abcdef", kEphemeral = "#ephemeral";
 
@@ -901,7 +902,7 @@ class DirectoryLock {
     const std::string_view words = "failed to instantiate nsqd - failed to lock data-path: ";
     if (!fd_)
       throw std::runtime_error(text(words, "open ", path, ": ", lower(std::strerror(errno)),
-                                    " (--data-path must name a directory that exists)"));
+                                    errno == EACCES ? "" : " (--data-path must name a directory that exists)"));
     if (::flock(fd_.get(), LOCK_EX | LOCK_NB) != 0)
       throw std::runtime_error(text(words, "cannot flock directory ", path, " - resource temporarily unavailable "
                                     "(possibly in use by another instance of nsqd)"));
@@ -948,6 +949,7 @@ inline Status replace_file(const std::string& directory, const std::string& name
 inline std::optional<std::string> read_file(const std::string& path) {
   const Fd file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
   if (!file && errno == ENOENT) return std::nullopt;
+  if (!file) throw_unless(system_error("open", path));
   std::string content;
   std::array<char, 65536> buffer;
   for (ssize_t got = -1; (got = ::read(file.get(), buffer.data(), buffer.size())) != 0;) {
@@ -1204,8 +1206,8 @@ struct FileHeader {
 ///    slots   .. end     8 bytes each, the first one last: offset of the frame (top bit: deferred) 4, checksum 4
 ///
 /// Frames grow from the front and slots from the back, so both have room whatever the size of the messages. The checksum
-/// covers due and frame, and starts from the record's number: what an earlier use of the file left behind is never taken
-/// for a record. tally and mark are one aligned word each, so a killed process leaves the old or the new one.
+/// covers due, frame and the record's number: what an earlier use of the file left behind is never taken for a record. tally
+/// and mark are one aligned word each, so a killed process leaves the old or the new one.
 /// Always: frames end at or before the slots begin; `sealed` segments get no further record.
 class Segment {
  public:
@@ -1257,6 +1259,7 @@ class Segment {
     const size_t before = due != 0 ? 8 : 0, size = before + kFrameHead + body.size();
     prepare(end_of_frames_ + size);
     char* const begin = file.data() + end_of_frames_;
+    for (size_t ahead = 2048; ahead < 2048 + size; ahead += 64) __builtin_prefetch(begin + ahead, 1);  // later ones are alike
     char* at = begin + before;
     if (due != 0) store(begin, due);
     const auto offset = static_cast<uint32_t>(end_of_frames_ + before);
@@ -1267,7 +1270,7 @@ class Segment {
     store(at + 18, id);
     body.copy(at + kFrameHead, body.size());
     store(slot(written_), due != 0 ? offset | kDeferred : offset);
-    store(slot(written_) + 4, checksum(first + written_, begin, size));
+    store(slot(written_) + 4, sum(first + written_, begin + before, due));
     end_of_frames_ += size;
     if (due != 0) ++deferred_records;
     ++written_;
@@ -1337,6 +1340,13 @@ class Segment {
     const auto both = load<uint64_t>(file.data() + offset);
     return both == twofold(static_cast<uint32_t>(both)) ? std::optional(static_cast<uint32_t>(both)) : std::nullopt;
   }
+  /// The checksum of a record: of its id and body as bytes, of the rest by what it starts from. (Bytes that were just stored
+  /// one by one are slow to load eight at a time.)
+  static uint32_t sum(uint64_t number, const char* frame, int64_t due) {
+    const auto times = static_cast<uint64_t>(timestamp_of(frame)) ^ static_cast<uint64_t>(due) << 1;
+    const uint64_t rest = uint64_t{load<uint32_t>(frame + 4)} << 32 | uint64_t{load<uint16_t>(frame + 16)} << 16;
+    return checksum(number ^ times * 0x9E3779B97F4A7C15u ^ rest, frame + 18, frame_size(frame) - 18);
+  }
   char* slot(uint32_t i) const { return file.data() + file.size() - 8 * (size_t{i} + 1); }
   uint32_t slot_offset(uint32_t i) const { return load<uint32_t>(slot(i)); }
 
@@ -1359,7 +1369,7 @@ class Segment {
     if (behind_damage ? begin < end_of_frames_ : begin != end_of_frames_) return false;
     const size_t size = frame_size(file.data() + at);
     if (size <= kFrameHead || size > slots - at) return false;
-    if (load<uint32_t>(slot(i) + 4) != checksum(first + i, file.data() + begin, at - begin + size)) return false;
+    if (load<uint32_t>(slot(i) + 4) != sum(first + i, file.data() + at, due ? due_of(i) : 0)) return false;
     end_of_frames_ = at + size;
     if (due) ++deferred_records;
     return true;
@@ -3228,7 +3238,7 @@ class V2Session : public Session {
         {"REQ", kConsuming, 3, &S::req}, {"TOUCH", kConsuming, 2, &S::touch}, {"MPUB", kAlways, 2, &S::mpub},
         {"DPUB", kAlways, 3, &S::pub},   {"NOP", kAlways, 1, &S::nop},        {"SUB", kFirst, 3, &S::sub},
         {"CLS", kOpen, 1, &S::cls},      {"AUTH", kFirst, 1, &S::auth},       {"IDENTIFY", kFirst, 1, &S::identify}};
-    if (ends_with(line, "\r")) line.remove_suffix(1);
+    if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
     for (words_ = 0; words_ < word_.size(); line.remove_prefix(1)) {
       word_[words_++] = take_front(line, line.find(' '));
       if (line.empty()) break;
@@ -3471,11 +3481,15 @@ class V2Session : public Session {
     if (!possible) return fail("E_BAD_BODY MPUB invalid message count ", count);
     size_t at = used_ + 4;
     used_ = std::max(at, checked_end_);
-    for (; checked_ < static_cast<size_t>(count); ++checked_, checked_end_ = used_)
-      if (!take(Part::kMessage, body)) return false;
+    const auto most = static_cast<size_t>(broker_.options.max_msg_size);
+    for (; checked_ < static_cast<size_t>(count); ++checked_, checked_end_ = used_) {
+      const size_t left = input_.size() - used_, size = left < 4 ? 0 : get_be<uint32_t>(input_.data() + used_);
+      if (size == 0 || size > most || size > left - 4) return take(Part::kMessage, body);  // which says why
+      used_ += 4 + size;
+    }
     bodies.reserve(checked_);
     for (; at < used_; at += 4 + body.size())
-      bodies.push_back(body = input_.substr(at + 4, get_be<uint32_t>(input_.data() + at)));
+      bodies.push_back(body = {input_.data() + at + 4, get_be<uint32_t>(input_.data() + at)});
     return true;
   }
   bool publish(Topic* topic, const std::string_view* bodies, size_t count, int64_t delay) {
@@ -5920,13 +5934,22 @@ inline std::string_view nearest_flag(std::string_view word) {
   return std::max_element(std::begin(flags()), std::end(flags()), less)->name;
 }
 
+/// A remark on the options, before there is a logger.
+inline void remark(const std::string& what) {
+  std::fprintf(stderr, "%s\n", Logger::line("[nsqd] ", Level::kWarning, what).c_str());
+}
+
 /// What the flags say, read as Go's flag package does: up to the first word that is none.
 inline Given read_flags(int argc, const char* const* argv) {
   auto refuse = [](const auto&... why) { throw EarlyExit(2, text(why..., "\nnsqd --help lists all flags")); };
   Given given;
   for (int i = 1; i < argc; ++i) {
     const std::string_view word = argv[i];
-    if (word.size() < 2 || word[0] != '-' || word == "--") break;
+    if (word == "--") break;
+    if (word.size() < 2 || word[0] != '-') {
+      remark(text("no flag is read from ", quoted(word), " on (a flag that is true or false takes its value with =)"));
+      break;
+    }
     std::string_view value = word.substr(word[1] == '-' ? 2 : 1);
     const std::string_view name = take_front(value, value.find('='));
     if (name.empty() || name[0] == '-') refuse("bad flag syntax: ", word);
@@ -5939,7 +5962,8 @@ inline Given read_flags(int argc, const char* const* argv) {
     else refuse("flag needs an argument: -", name);
     const bool good = set_option(given, *flag, value);
     if (!good && flag->is_bool()) refuse("invalid boolean value \"", value, "\" for -", name, ": parse error");
-    if (!good) refuse("invalid value \"", value, "\" for flag -", name, ": parse error");
+    const std::string_view hint = flag->sets<Duration>() ? "\na duration has units: 1m30s, 250ms" : "";
+    if (!good) refuse("invalid value \"", value, "\" for flag -", name, ": parse error", hint);
     given.flags.insert(flag->name);
   }
   auto& percentiles = given.e2e_processing_latency_percentile;
@@ -5994,6 +6018,7 @@ inline void apply_file(Given& given) {
     key = parse_key(file, '=');
     const Json value = file.parse_value();
     const Flag* flag = find_flag(key, true);
+    if (file.error.empty() && flag == nullptr) remark(text(given.config, ": there is no setting ", quoted(key)));
     const bool wanted = file.error.empty() && flag != nullptr && given.flags.count(flag->name) == 0;
     if (wanted && !set_from_file(given, *flag, value)) file.fail(text("wrong value (", flag->help, ")"));
     if (!seen.insert(key).second) file.fail("given twice");

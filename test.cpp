@@ -1,9 +1,9 @@
 // Tests of nsqd.hpp and of the program that main.cpp makes of it: real sockets, real files, real signals.
 //
-//   ./test             all of them                      NSQD_BIN        the program to test (default: nsqd beside ./test)
-//   ./test word …      those whose name has the word    TEST_JOBS       how many run at a time (default 4)
-//                                                       TEST_PATIENCE   a factor for all time limits (default 1)
-//                                                       KILL_ROUNDS     rounds of each kill test (default 3)
+//   .build/test           all of them                      NSQD_BIN        the program to test (default: ./nsqd)
+//   .build/test word …    those whose name has the word    TEST_JOBS       how many run at a time (default 4)
+//                                                          TEST_PATIENCE   a factor for all time limits (default 1)
+//                                                          KILL_ROUNDS     rounds of each kill test (default 3)
 //
 // Each test is a process of its own, with a folder of its own and a time limit: a crash fails one test. Nothing waits for
 // a fixed time, all wait for a condition. What nsqd 1.3.0 answers word for word is checked elsewhere; here is what a
@@ -167,6 +167,7 @@ void eventually(Condition condition, const char* text, int line) {
 #define EVENTUALLY(condition) eventually([&] { return (condition); }, #condition, __LINE__)
 
 std::string g_folder;   // of the running test
+std::string g_self;  // this program, as it was called
 std::string g_program;  // the daemon's path
 
 std::string folder(const std::string& name) {
@@ -238,7 +239,7 @@ int finish(const Running& run, int wait_status) {
   std::printf("%s %s (%.2f s)\n", status == 0 ? "ok  " : status == 77 ? "skip" : "FAIL", run.test->name, seconds);
   if (status != 0) std::printf("%s", output.c_str());
   if (WIFSIGNALED(wait_status)) std::printf("  ended by signal %d\n", WTERMSIG(wait_status));
-  if (status != 0 && status != 77) std::printf("  again: ./test %s\n", run.test->name);
+  if (status != 0 && status != 77) std::printf("  again: %s %s\n", g_self.c_str(), run.test->name);
   std::fflush(stdout);
   std::error_code ignored;
   if (std::getenv("TEST_KEEP") == nullptr) std::filesystem::remove_all(run.folder, ignored);
@@ -1145,6 +1146,15 @@ TEST(help_names_every_flag_and_version_says_what_it_answers_as) {
   CHECK_EQ(numbers, std::string(nsqd::kVersion));
 }
 
+TEST(what_is_not_read_of_the_flags_and_the_file_is_said) {
+  const std::string path = g_folder + "/nsqd.cfg";
+  write_file(path, "mem_onyl = true\n");
+  const Ended ended = run_to_end({"--config=" + path, "--data-path=" + g_folder + "/none", "false", "--mem-only"});
+  CHECK_HAS(ended.err, "no setting \"mem_onyl\"");
+  CHECK_HAS(ended.err, "no flag is read from \"false\" on");
+  CHECK_HAS(ended.err, "data-path");  // so --mem-only was not read
+}
+
 TEST(a_flag_wins_over_the_config_file_and_the_file_over_the_default) {
   const std::string path = g_folder + "/nsqd.cfg";
   write_file(path,
@@ -1503,6 +1513,7 @@ TEST(it_listens_on_ipv6_and_on_names) {
   const int fd = socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0);
   Socket client(fd);
   if (bind(fd, reinterpret_cast<sockaddr*>(&address), sizeof address) != 0) throw Skipped("no IPv6 here");
+  if (gethostbyname("localhost") == nullptr) throw Skipped("no name localhost here");
   nsqd::Options options = local_options();
   options.tcp_address = "[::1]:0";
   options.http_address = "localhost:0";
@@ -5305,7 +5316,7 @@ void progress(const std::string& text) {  // on a terminal one line, written ove
 
 constexpr char kUsage[] =
     "bench [options] [-- flags of the daemon]\n"
-    "  --bin PATH               the daemon to start (default: nsqd beside this program)\n"
+    "  --bin PATH               the daemon to start (default: ./nsqd)\n"
     "  --nsqd                   it is nsqd: choose its --mem-queue-size for each scenario\n"
     "  --tcp ADDR --http ADDR   use this running daemon instead; --pid PID: for its memory and CPU time\n"
     "  --versus PATH \"FLAGS\"    compare with another binary, alternating; --versus-nsqd PATH: with an nsqd\n"
@@ -5322,14 +5333,6 @@ struct Settings {
   double scale = 1;
   bool json = false, help = false;
 };
-
-std::string binary_beside_this() {
-  char path[PATH_MAX];
-  const ssize_t n = readlink("/proc/self/exe", path, sizeof path);
-  if (n <= 0) return "./nsqd";
-  const std::string self(path, static_cast<size_t>(n));
-  return self.substr(0, self.rfind('/')) + "/nsqd";
-}
 
 Names words(const std::string& text) {
   Names list;
@@ -5367,7 +5370,7 @@ Settings parse(int argc, char** argv) {
   if (!other.binary.empty()) settings.side_count = 2;
   if (tcp.empty() != http.empty()) fail("--tcp and --http go together");
   if (!tcp.empty()) mine.tcp = parse_address(tcp), mine.http = parse_address(http), mine.binary.clear();
-  else if (mine.binary.empty()) mine.binary = binary_beside_this();
+  else if (mine.binary.empty()) mine.binary = "./nsqd";
   for (const Side& side : settings.sides)
     if (!side.binary.empty() && access(side.binary.c_str(), X_OK) != 0) fail_errno(side.binary);
   return settings;
@@ -5464,14 +5467,17 @@ int main(int argc, char** argv) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   if (argc > 1 && std::strcmp(argv[1], "bench") == 0) return bench_main(argc - 1, argv + 1);
   const char* program = std::getenv("NSQD_BIN");
-  const std::filesystem::path beside = std::filesystem::absolute(argv[0]).parent_path() / "nsqd";
-  g_program = program != nullptr ? std::filesystem::absolute(program).string() : beside.string();
+  g_program = std::filesystem::absolute(program != nullptr ? program : "nsqd").string();
+  g_self = argv[0];
+  if (access(g_program.c_str(), X_OK) != 0)
+    return std::fprintf(stderr, "no program at %s: build it, or set NSQD_BIN\n", g_program.c_str()), 2;
   std::vector<const Test*> chosen;
   for (const Test& test : tests()) {
     bool wanted = argc == 1;
     for (int i = 1; i < argc; i++) wanted = wanted || std::strstr(test.name, argv[i]) != nullptr;
     if (wanted) chosen.push_back(&test);
   }
+  if (chosen.empty()) return std::fprintf(stderr, "no test has such a name\n"), 2;
   return run_all(chosen);
 }
 #endif
