@@ -3252,7 +3252,7 @@ class V2Session : public Session {
     if (heartbeat_ == kNever && name == "SUB") return fail("E_INVALID cannot SUB with heartbeats disabled");
     if (words_ < command->words) return fail("E_INVALID ", name, " insufficient number of param", id ? "s" : "eters");
     if (id && word_[1].size() != 16) return fail("E_INVALID invalid message ID");
-    if (!topic || valid_name(word_[1])) return (this->*command->run)();
+    if (!topic || is_last(word_[1]) || valid_name(word_[1])) return (this->*command->run)();
     const std::string_view code = name == "MPUB" ? "E_BAD_TOPIC E_BAD_TOPIC " : "E_BAD_TOPIC ";
     return fail(code, name, " topic name ", quoted(word_[1]), " is not valid");
   }
@@ -3323,9 +3323,15 @@ class V2Session : public Session {
   /// the auth server, or for nsqlookupd, which is asked for the channels of a new topic.
   Topic* open_topic(std::string_view channel = {}) {
     if (!authorized(channel)) return nullptr;
+    if (is_last(word_[1])) return last_.topic;
     Topic* known = broker_.find(word_[1]);
     if (known == nullptr && host_.look_up(word_[1], *this)) return wait(1), nullptr;
     return known != nullptr ? known : &broker_.topic(word_[1]);
+  }
+
+  /// Whether the last publish went there, as it nearly always did.
+  bool is_last(std::string_view name) const {
+    return last_.topic != nullptr && last_.deletions == broker_.deletions && last_.topic->name == name;
   }
 
   // ---- commands -----------------------------------------------------------------------------------------------------
@@ -3496,7 +3502,8 @@ class V2Session : public Session {
     if (topic == nullptr) return false;
     const Status status = topic->publish(bodies, count, delay);
     if (!status.ok()) return fail("E_", word_[0], "_FAILED ", word_[0], " failed ", status.error);
-    published_[topic->name] += count;
+    if (!is_last(topic->name)) last_ = {topic, &published_[topic->name], broker_.deletions};
+    *last_.published += count;
     return respond("OK");
   }
 
@@ -3529,6 +3536,11 @@ class V2Session : public Session {
   ClientStats about_;  // all but what its consumer, its grant and published_ know
   const int64_t connected_ = broker_.now.steady;
   std::map<std::string, uint64_t> published_;  // messages per topic
+  struct {
+    Topic* topic = nullptr;  // of the last publish; there as long as no topic was deleted since
+    uint64_t* published = nullptr;
+    uint64_t deletions = 0;
+  } last_;
   // What IDENTIFY sets, times in nanoseconds.
   int64_t heartbeat_ = 30 * kSecond, msg_timeout_ = broker_.options.msg_timeout.count(), sample_rate_ = 0;
   int64_t buffer_size_ = 16384, buffer_timeout_ = broker_.options.output_buffer_timeout.count();
