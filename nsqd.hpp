@@ -1214,6 +1214,7 @@ class Segment {
   static constexpr size_t kFrames = 56;
   static constexpr size_t kFrameHead = 8 + 26;  // size, type, and a message without its body
   static constexpr uint32_t kFollows = 0xFFFFFFFF, kDeferred = 0x80000000;
+  static constexpr uint32_t kMessage = 2;  // the type of such frames
   static constexpr std::string_view kMagic = "nsqd-seg";
 
   Segment(std::string path, size_t size, uint64_t first_number)
@@ -1236,6 +1237,13 @@ class Segment {
   static size_t frame_size(const char* frame) { return 4 + size_t{get_be<uint32_t>(frame)}; }
   static MessageId id_of(const char* frame) { return MessageId::from(frame + 18); }
   static int64_t timestamp_of(const char* frame) { return get_be<int64_t>(frame + 8); }
+  /// The checksum of a record: of its id and body as bytes, of the rest by what it starts from. (Bytes that were just stored
+  /// one by one are slow to load eight at a time.)
+  static uint32_t sum(uint64_t number, const char* frame, int64_t due) {
+    const auto times = static_cast<uint64_t>(timestamp_of(frame)) ^ static_cast<uint64_t>(due) << 1;
+    const uint64_t attempts = load<uint16_t>(frame + 16);
+    return checksum(number ^ times * 0x9E3779B97F4A7C15u ^ attempts << 48, frame + 18, frame_size(frame) - 18);
+  }
 
   /// Makes an empty segment of a new file or a spare one.
   void begin(uint64_t first_number, bool follows) {
@@ -1264,7 +1272,7 @@ class Segment {
     if (due != 0) store(begin, due);
     const auto offset = static_cast<uint32_t>(end_of_frames_ + before);
     put_be(at, static_cast<uint32_t>(kFrameHead - 4 + body.size()));
-    put_be(at + 4, uint32_t{2});
+    put_be(at + 4, kMessage);
     put_be(at + 8, timestamp);
     put_be(at + 16, attempts);
     store(at + 18, id);
@@ -1340,13 +1348,6 @@ class Segment {
     const auto both = load<uint64_t>(file.data() + offset);
     return both == twofold(static_cast<uint32_t>(both)) ? std::optional(static_cast<uint32_t>(both)) : std::nullopt;
   }
-  /// The checksum of a record: of its id and body as bytes, of the rest by what it starts from. (Bytes that were just stored
-  /// one by one are slow to load eight at a time.)
-  static uint32_t sum(uint64_t number, const char* frame, int64_t due) {
-    const auto times = static_cast<uint64_t>(timestamp_of(frame)) ^ static_cast<uint64_t>(due) << 1;
-    const uint64_t rest = uint64_t{load<uint32_t>(frame + 4)} << 32 | uint64_t{load<uint16_t>(frame + 16)} << 16;
-    return checksum(number ^ times * 0x9E3779B97F4A7C15u ^ rest, frame + 18, frame_size(frame) - 18);
-  }
   char* slot(uint32_t i) const { return file.data() + file.size() - 8 * (size_t{i} + 1); }
   uint32_t slot_offset(uint32_t i) const { return load<uint32_t>(slot(i)); }
 
@@ -1368,7 +1369,7 @@ class Segment {
     const bool behind_damage = !damaged.empty() && damaged.back() + 1 == i;  // else neighbours touch: they go out as one run
     if (behind_damage ? begin < end_of_frames_ : begin != end_of_frames_) return false;
     const size_t size = frame_size(file.data() + at);
-    if (size <= kFrameHead || size > slots - at) return false;
+    if (size <= kFrameHead || size > slots - at || get_be<uint32_t>(file.data() + at + 4) != kMessage) return false;
     if (load<uint32_t>(slot(i) + 4) != sum(first + i, file.data() + at, due ? due_of(i) : 0)) return false;
     end_of_frames_ = at + size;
     if (due) ++deferred_records;
@@ -2279,7 +2280,6 @@ class Channel {
 
   // ---- the cursor ------------------------------------------------------------------------------------------------------
 
-
   void move_cursor(uint64_t to) {
     cursor_ = to;
     ledger_.set_cursor(to);
@@ -2916,7 +2916,7 @@ class Recovery {
     int64_t file = 0;
     size_t offset = 0;
   };
-  static constexpr size_t kBatch = 1000;  // messages between two syncs; what a kill during the import may double
+  static constexpr size_t kBatch = 10000;  // messages between two syncs; what a kill during the import may double
 
   /// The queues of channels first: they are older than what their topic still holds.
   void import_queues() {
@@ -4879,7 +4879,7 @@ struct Listener {
 
  private:
   Status open(const SocketAddress& place) {
-    static constexpr int kBacklog = 1024, kYes = 1, kNo = 0;
+    static constexpr int kBacklog = 4096, kYes = 1, kNo = 0;  // a full backlog costs a client a second
     static constexpr std::string_view kAdvice = "; stop who listens there, or choose another address (port 0: any)";
     Fd made = open_socket(place.family());
     ::setsockopt(made.get(), SOL_SOCKET, SO_REUSEADDR, &kYes, sizeof kYes);

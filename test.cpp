@@ -2501,6 +2501,19 @@ TEST(files_of_a_later_version_are_refused_and_left_as_they_are) {
   }
 }
 
+TEST(a_record_that_is_no_message_is_left_out_even_if_its_checksum_fits) {
+  const Stored stored = store_messages();
+  std::string bytes = stored.bytes;
+  const size_t slot = bytes.size() - 8;  // of the first record
+  uint32_t at = 0;
+  std::memcpy(&at, &bytes[slot], sizeof at);
+  bytes[at + 7]++;  // the type of its frame
+  const uint32_t sum = nsqd::detail::Segment::sum(std::stoull(stored.segment.substr(2, 20)), &bytes[at], 0);
+  CHECK(std::memcmp(&bytes[slot + 4], &sum, sizeof sum) == 0);
+  const auto got = delivered_from(stored, stored.segment, bytes);
+  CHECK(got && got->size() == kMessages - 1);
+}
+
 TEST(a_damaged_ledger_never_costs_a_message_its_body) {
   const Stored stored = store_messages();
   {
@@ -4216,7 +4229,8 @@ void segment(string_view in) {
     put_be(file.data() + at + 4, uint32_t{2});  // only what was written as a message has a sum that fits
     put_be(file.data() + at + 16, uint16_t{1});
     const size_t size = at - begin + 4 + from_be(string_view(file).substr(at, 4));
-    if (size <= file.size() - begin) store(slot + 4, checksum(i, file.data() + begin, size));
+    const int64_t due = begin < at ? load<int64_t>(&file[begin]) : 0;
+    if (size >= 38 && size <= file.size() - begin) store(slot + 4, nsqd::detail::Segment::sum(i, &file[at], due));
   }
   for (const auto& body : recovered({{"nsqd.dat", kNames}, {kSegment, file}})) CHECK(file.find(body) != file.npos);
 }
