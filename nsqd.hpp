@@ -1690,8 +1690,8 @@ class Output {
     }
     if (!left.empty() || bytes_.capacity() > 1024) bytes_.swap(left);  // an idle connection holds no memory
     else bytes_.clear();
-    if (runs_.capacity() > 8) runs_ = {};
     runs_.clear();
+    if (runs_.capacity() > 8) runs_.shrink_to_fit();
     mapped_ = 0;
   }
   /// All bytes; nothing remains.
@@ -1844,8 +1844,8 @@ class HeldMessages {
   /// A channel that holds nothing needs no space for it.
   void shrink() {
     ledger_.file.shrink(kPageSize);
-    pool_ = {};
-    table_ = {};
+    pool_ = std::vector<Held>();  // = {} would keep the capacity
+    table_ = std::vector<Entry>();
     free_ = kNoSlot;
   }
 
@@ -2461,7 +2461,7 @@ class Channel {
       if (owner != nullptr) consider(*owner);
     }
     if (!due_.empty()) timer_.set(due_.front().at);
-    if (due_.empty() && held_.used() == 0) held_.shrink();
+    if (due_.empty() && held_.used() == 0) held_.shrink(), due_.shrink_to_fit();
   }
   /// The monotonic time of a due time by the wall clock, within the bounds that a delay has.
   int64_t steady(int64_t due_wall) const {

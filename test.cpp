@@ -4,6 +4,9 @@
 //   .build/test word …    those whose name has the word    TEST_JOBS       how many run at a time (default 4)
 //                                                          TEST_PATIENCE   a factor for all time limits (default 1)
 //                                                          KILL_ROUNDS     rounds of each kill test (default 3)
+//                                                          LOAD_SECONDS    of the load test (default 2); no test may take
+//                                                                          more than a minute times TEST_PATIENCE
+//                                                          TEST_KEEP       if set, what tests have written stays
 //
 // Each test is a process of its own, with a folder of its own and a time limit: a crash fails one test. Nothing waits for
 // a fixed time, all wait for a condition. What nsqd 1.3.0 answers word for word is checked elsewhere; here is what a
@@ -53,6 +56,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <optional>
 #include <set>
 #include <sstream>
@@ -548,9 +552,11 @@ class Process : public Ports {
   Process(const Process&) = delete;
   Process& operator=(const Process&) = delete;
   ~Process() {
-    if (pid_ > 0) signal(SIGKILL), waitpid(pid_, nullptr, 0);
-    if (std::uncaught_exceptions() > 0)
-      std::fprintf(stderr, "--- the daemon's log\n%s---\n", log().substr(0, 6000).c_str());
+    int status = 0;
+    if (pid_ > 0) signal(SIGKILL), waitpid(pid_, &status, 0);
+    if (std::uncaught_exceptions() == 0) return;
+    if (pid_ > 0 && status != SIGKILL) std::fprintf(stderr, "the daemon had ended before: wait status %d\n", status);
+    std::fprintf(stderr, "--- the daemon's log\n%s---\n", log().substr(0, 6000).c_str());
   }
   void start(int line = __builtin_LINE()) {
     static int count = 0;
@@ -3207,79 +3213,161 @@ TEST(junk_on_either_port_kills_nothing) {
 
 // ---- Everything at once
 
-using Bodies = std::map<std::string, std::set<std::string>>;  // by topic, or by topic and channel
+// What the consumers of a channel know. It is exact: those that finish and requeue stay for all their answers.
+struct LoadChannel {
+  std::mutex mutex;
+  std::vector<uint16_t> attempts;  // the most that each message came with, by its number; 0: it has not come
+  std::atomic<int> came{0}, finished{0}, requeued{0};
+};
+struct LoadTopic {
+  std::string name;
+  std::atomic<int> published{0};  // messages, numbered from 0; all are acknowledged once their publishers have gone
+  std::atomic<int64_t> bytes{0};
+  LoadChannel channels[3];
+};
+struct Load {
+  LoadTopic topics[4];
+  std::atomic<int> connections{0};
+  std::atomic<bool> publishing{true}, consuming{true};
+  std::vector<std::future<void>> publishers, consumers;
+  ~Load() { publishing = consuming = false; }  // where the test fails; the futures wait for their threads
+};
 
-std::pair<std::string, std::set<std::string>> load_publisher(const Ports& daemon, int which,
-                                                             const std::atomic<bool>& over) {
-  const std::string topic = "t" + std::to_string(which % 4);
-  std::set<std::string> acknowledged;
-  for (int n = 0; !over; n += 50) {
-    Client client(daemon);  // comes and goes
-    for (int batch = n; batch < n + 50; batch += 10) {
-      const Strings bodies = numbered(std::to_string(which) + ".", batch, batch + 10);
-      if (batch % 30 == 0) client.dpub(topic, 30, "d" + bodies[0]), acknowledged.insert("d" + bodies[0]);
-      client.mpub(topic, bodies);
-      acknowledged.insert(bodies.begin(), bodies.end());
-    }
-  }
-  return {topic, acknowledged};
+std::string load_body(int number) {
+  return std::to_string(number) + std::string(static_cast<size_t>(number % 300), 'x');
 }
 
-// Finishes most messages, requeues some, lets some time out, and leaves with some in flight.
-std::pair<std::string, std::set<std::string>> load_consumer(const Ports& daemon, int which,
-                                                            const std::atomic<bool>& over) {
-  const std::string topic = "t" + std::to_string(which % 4), channel = "c" + std::to_string(which % 3);
-  std::set<std::string> finished;
-  for (unsigned n = static_cast<unsigned>(which); !over;) {
+// Publishers are faster than consumers: they wait for the slowest channel, or what is left at the end has no bound.
+void wait_for_consumers(const Load& load, const LoadTopic& topic) {
+  const auto behind = [&](const LoadChannel& channel) { return topic.published - channel.came > 2000; };
+  while (load.publishing && std::any_of(std::begin(topic.channels), std::end(topic.channels), behind))
+    std::this_thread::sleep_for(1ms);
+}
+
+void load_publisher(const Ports& daemon, int which, Load& load) {
+  LoadTopic& topic = load.topics[which % 4];
+  for (int session = 0; load.publishing; session++) {
+    Client client(daemon);  // comes and goes
+    load.connections++;
+    for (int batch = 0; batch < 5; batch++) {
+      wait_for_consumers(load, topic);
+      Strings bodies;
+      for (int number = topic.published.fetch_add(11); bodies.size() < 11; number++)
+        topic.bytes += static_cast<int64_t>(bodies.emplace_back(load_body(number)).size());
+      client.dpub(topic.name, 30, bodies.back());
+      bodies.pop_back();
+      client.mpub(topic.name, bodies);
+    }
+    if (session % 2 == 0) client.send("MPUB " + topic.name + "\n" + be32(1000) + be32(10)), client.reset();
+  }
+}
+
+// Notes a message, or that one was answered too late, so that it comes again.
+std::optional<Message> load_note(LoadChannel& channel, const Frame& frame) {
+  if (frame.type == 1 && frame.data.rfind("E_FIN_FAILED", 0) == 0) return channel.finished--, std::nullopt;
+  if (frame.type == 1 && frame.data.rfind("E_REQ_FAILED", 0) == 0) return channel.requeued--, std::nullopt;
+  CHECK_EQ(frame.type, 2);
+  const Message message = Client::parse(frame.data);
+  const int number = std::atoi(message.body.c_str());
+  CHECK_EQ(message.body, load_body(number));
+  const std::lock_guard<std::mutex> lock(channel.mutex);
+  if (channel.attempts.size() <= static_cast<size_t>(number)) channel.attempts.resize(static_cast<size_t>(number) + 1);
+  uint16_t& attempts = channel.attempts[static_cast<size_t>(number)];
+  if (attempts == 0) channel.came++;
+  attempts = std::max(attempts, static_cast<uint16_t>(message.attempts));
+  return message;
+}
+
+// Goes from channel to channel. Finishes most messages, requeues some, lets some time out, and leaves with some in
+// flight. Now and then it is rude: it answers nothing and resets the connection.
+void load_consumer(const Ports& daemon, int which, Load& load) {
+  unsigned n = static_cast<unsigned>(which);
+  for (int session = which; load.consuming; session++) {
+    LoadTopic& topic = load.topics[session % 4];
+    LoadChannel& channel = topic.channels[session % 3];
+    const bool rude = session % 5 == 0;
     Client client(daemon);
-    client.sub(topic, channel, 20);
-    for (int i = 0; i < 300 && !over; i++) {
-      const auto frame = client.frame(100ms);
+    load.connections++;
+    client.sub(topic.name, "c" + std::to_string(session % 3), 20);
+    for (int i = 0; i < (rude ? 10 : 300); i++) {
+      const auto frame = client.frame(20ms);
       if (!frame) break;
-      if (frame->type == 1) continue;  // finished too late, so it comes again
-      const Message message = Client::parse(frame->data);
+      const auto message = load_note(channel, *frame);
       n = n * 1664525 + 1013904223;
       const unsigned dice = n >> 16 & 63;
-      if (dice > 5) client.fin(message), finished.insert(message.body);
-      else if (dice > 1) client.req(message, dice % 2 == 0 ? 0 : 20);
+      if (rude || !message || dice < 2) continue;
+      if (dice > 5) channel.finished++, client.fin(*message);
+      else channel.requeued++, client.req(*message, dice % 2 == 0 ? 0 : 20);
+    }
+    if (rude) client.reset();
+    else client.command("CLS");
+    for (bool answered = rude; !answered;) {
+      const auto frame = client.frame();
+      CHECK(frame);
+      answered = frame->type == 0;  // by CLOSE_WAIT, and nothing comes after it
+      if (!answered) load_note(channel, *frame);
     }
   }
-  return {topic + " " + channel, finished};
+}
+
+// The sum of some numbers over all topics and channels, from one look at /stats.
+int64_t sum_in_stats(const Ports& daemon, const Strings& keys) {
+  const std::string json = get(daemon, "/stats?format=json&include_clients=false&include_mem=false");
+  int64_t sum = 0;
+  for (const auto& key : keys)
+    for (size_t at = 0; (at = json.find("\"" + key + "\":", at)) != std::string::npos; at++)
+      sum += number_at(json, key, at);
+  return sum;
+}
+
+// With all consumed, /stats says what the clients know: each channel was given each message, and delivered it once, and
+// once more for each time that it was requeued or timed out.
+void check_load(const Ports& daemon, const LoadTopic& topic, std::map<std::string, int64_t>& totals) {
+  CHECK_EQ(topic_count(daemon, topic.name, "message_count"), topic.published.load());
+  CHECK_EQ(topic_count(daemon, topic.name, "message_bytes"), topic.bytes.load());
+  totals["published"] += topic.published;
+  for (const LoadChannel& channel : topic.channels) {
+    const std::string name = "c" + std::to_string(&channel - topic.channels), json = stats_of(daemon, topic.name);
+    const auto count = [&](const char* key) { return number_at(json, key, json.find("\"" + name + "\"")); };
+    const int64_t delivered = std::accumulate(channel.attempts.begin(), channel.attempts.end(), int64_t{0});
+    CHECK_EQ(channel.came.load(), topic.published.load());
+    CHECK_EQ(channel.finished.load(), topic.published.load());
+    CHECK_EQ(count("message_count"), topic.published.load());
+    CHECK_EQ(count("requeue_count"), channel.requeued.load());
+    CHECK_EQ(count("timeout_count"), delivered - channel.finished - channel.requeued);
+    for (const char* key : {"requeue_count", "timeout_count"}) totals[key] += count(key);
+    totals["delivered"] += delivered;
+  }
 }
 
 TEST(under_load_from_clients_that_come_and_go_every_channel_gets_every_message) {
-  nsqd::Options options = local_options(folder("data"));
-  options.msg_timeout = 200ms;
-  Local d(options);
-  for (int i = 0; i < 12; i++)
-    d->create_topic("t" + std::to_string(i % 4)),
-        d->create_channel("t" + std::to_string(i % 4), "c" + std::to_string(i % 3));
-  std::atomic<bool> over{false};
-  std::vector<std::future<std::pair<std::string, std::set<std::string>>>> publishers, consumers;
+  Process d({"--msg-timeout=200ms"});
+  Load load;
+  for (int i = 0; i < 12; i++) {
+    load.topics[i % 4].name = "t" + std::to_string(i % 4);
+    create_channel(d, load.topics[i % 4].name, "c" + std::to_string(i % 3));
+  }
+  std::map<std::string, int64_t> totals{{"kB before", memory_kb(d)}};
   for (int i = 0; i < 8; i++) {
-    publishers.push_back(std::async(std::launch::async, load_publisher, Ports(d), i, std::cref(over)));
-    consumers.push_back(std::async(std::launch::async, load_consumer, Ports(d), i, std::cref(over)));
+    load.publishers.push_back(std::async(std::launch::async, load_publisher, Ports(d), i, std::ref(load)));
+    load.consumers.push_back(std::async(std::launch::async, load_consumer, Ports(d), i, std::ref(load)));
   }
-  std::this_thread::sleep_for(
-      std::chrono::milliseconds(static_cast<int>(1000 * number_from_environment("LOAD_SECONDS", 2))));
-  over = true;
-  Bodies published, got;
-  for (auto& one : publishers) {
-    auto [topic, bodies] = one.get();
-    published[topic].merge(bodies);
-  }
-  for (auto& one : consumers) {
-    auto [channel, bodies] = one.get();
-    got[channel].merge(bodies);
-  }
-  for (const auto& [topic, bodies] : published) {
-    CHECK_EQ(topic_count(d, topic, "message_count"), bodies.size());
-    for (const std::string channel : {"c0", "c1", "c2"}) {
-      for (auto& message : drain(d, topic, channel)) got[topic + " " + channel].insert(std::move(message.body));
-      CHECK(got[topic + " " + channel] == bodies);
-      CHECK_EQ(channel_count(d, topic, channel, "message_count"), bodies.size());
-    }
-  }
+  std::this_thread::sleep_for(std::chrono::duration<double>(number_from_environment("LOAD_SECONDS", 2)));
+  totals["kB under load"] = memory_kb(d);
+  load.publishing = false;
+  for (auto& one : load.publishers) one.get();
+  const auto failed = [](const auto& consumer) { return consumer.wait_for(0s) == std::future_status::ready; };
+  EVENTUALLY(sum_in_stats(d, {"depth", "in_flight_count", "deferred_count"}) == 0 ||
+             std::any_of(load.consumers.begin(), load.consumers.end(), failed));
+  load.consuming = false;
+  for (auto& one : load.consumers) one.get();
+  EVENTUALLY(sum_in_stats(d, {"client_count"}) == 0);
+  for (const LoadTopic& topic : load.topics) check_load(d, topic, totals);
+  EVENTUALLY((totals["kB after"] = memory_kb(d)) - totals["kB before"] < 4000);
+  totals["connections"] = load.connections;
+  for (const auto& [what, number] : totals) std::printf("%s %lld\n", what.c_str(), static_cast<long long>(number));
+  CHECK(totals["requeue_count"] > 0 && totals["timeout_count"] > 0);
+  CHECK_EQ(d.stop(), 0);  // a sanitizer looks for leaks then
 }
 
 TEST(clients_that_come_and_go_leave_nothing_behind) {
