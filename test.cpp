@@ -171,7 +171,7 @@ void eventually(Condition condition, const char* text, int line) {
 #define EVENTUALLY(condition) eventually([&] { return (condition); }, #condition, __LINE__)
 
 std::string g_folder;   // of the running test
-std::string g_self;  // this program, as it was called
+std::string g_self;     // this program, as it was called
 std::string g_program;  // the daemon's path
 
 std::string folder(const std::string& name) {
@@ -2950,7 +2950,7 @@ TEST(an_import_that_is_killed_loses_nothing_and_starts_again) {
   Process d;
   const auto messages = drain(d, "t", "c");
   CHECK_EQ(set_of(bodies_of(messages)).size(), 40000U);
-  CHECK(messages.size() < 80000);
+  CHECK(messages.size() <= 40000 + 5 * 10000);  // each kill doubles at most the 10,000 between two syncs
 }
 
 // =====================================================================================================================
@@ -3546,6 +3546,30 @@ TEST(process_and_network_are_the_same_queue) {
   CHECK(client.closed());
 }
 
+TEST(a_consumer_in_the_process_is_shown_like_any_client) {
+  Local d(folder("data"));
+  nsqd::Subscription subscription = d->subscribe("t", "c", 3);
+  d->publish("t", {"finished", "requeued", "in flight"});
+  const auto first = subscription.next(patience()), second = subscription.next(patience());
+  CHECK(first && subscription.finish(*first));
+  CHECK(second && subscription.requeue(*second, 1min));
+  const nsqd::ChannelStats channel = d->stats().topics.at(0).channels.at(0);
+  const nsqd::ClientStats client = channel.clients.at(0);
+  CHECK_EQ(client.hostname, nsqd::detail::host_name());
+  CHECK_EQ(client.client_id, client.hostname);
+  CHECK_HAS(client.user_agent, "nsqd.hpp/");
+  CHECK_EQ(client.remote_address, "@");
+  CHECK_EQ(client.state, 3);
+  CHECK_EQ(client.ready_count, 3);
+  CHECK_EQ(client.message_count, 3);
+  CHECK_EQ(client.finish_count, 1);
+  CHECK_EQ(client.requeue_count, 1);
+  CHECK_EQ(client.in_flight_count, 1);
+  CHECK(std::abs(client.connected_at - time(nullptr)) < 60);
+  CHECK(client.connected_for > 0);
+  CHECK_EQ(channel.global_count, 3U);
+}
+
 TEST(a_daemon_that_was_embedded_leaves_no_trace_in_the_process) {
   if (!exists("/proc/self/fd")) throw Skipped("no /proc/self/fd here");
   struct sigaction before {
@@ -3978,8 +4002,7 @@ void check_responses(string_view out) {
 // Takes and finishes all that a channel has, whatever it waits for. Nothing may be left then.
 Strings consume(Broker& broker, Channel& channel) {
   Port port;
-  const ClientInfo info;
-  Consumer& consumer = channel.subscribe(port, info, 1min, 0);
+  Consumer& consumer = channel.subscribe(port, Consumer::kElsewhere, 1min);
   channel.pause(false);
   channel.topic.pause(false);
   channel.set_ready(consumer, 2500);
@@ -4283,8 +4306,7 @@ std::map<std::string, std::string> stored() {
   Topic& topic = broker.topic("t");
   Channel& channel = *topic.channel("c", status);
   Port port;
-  const ClientInfo info;
-  Consumer& consumer = channel.subscribe(port, info, 1min, 0);
+  Consumer& consumer = channel.subscribe(port, Consumer::kElsewhere, 1min);
   const std::array<string_view, 6> bodies = {"zero", "one", "two", "three", "four", "five"};
   for (size_t i = 0; i < bodies.size(); i++) CHECK(topic.publish(&bodies[i], 1, i == 4 ? kHour : 0).ok());
   channel.set_ready(consumer, 4);
