@@ -518,6 +518,7 @@ pid_t spawn(const Strings& arguments, const std::string& out, const std::string&
   dup2(to_out, STDOUT_FILENO);
   dup2(to_err, STDERR_FILENO);
   signal(SIGXFSZ, SIG_IGN);  // for RLIMIT_FSIZE: an error, as on a full disk, not the end
+  signal(SIGHUP, SIG_DFL);   // also when the tests run under nohup
   for (const auto& [what, value] : limits) {
     const rlimit limit{value, value};
     setrlimit(static_cast<decltype(RLIMIT_NOFILE)>(what), &limit);
