@@ -1046,6 +1046,7 @@ struct Storage {
   uint64_t operations = 0;              // publishes and finishes since the last sync
   std::vector<std::string> dirty = {};  // files touched in this epoch
   bool new_names = false;               // the directory itself has to be synced, too
+  std::vector<Fd> removed = {};         // files that have no name any more; their space is free when these are closed
   uint64_t boot = 0;                    // tells one run of the machine from the next; see Ledger
 
   std::string health() const { return !full.empty() ? "NOK - " + full : !unsynced.empty() ? "NOK - " + unsynced : "OK"; }
@@ -1089,9 +1090,12 @@ class MappedFile {
     if (mapped()) ::munmap(data_ + size, size_ - size);
     size_ = size;
   }
-  void remove() {
+  /// Takes its name away. To free the space of a large one takes a while, which closing what this returns does.
+  Fd remove() {
+    Fd file(anonymous() ? -1 : ::open(path_.c_str(), O_RDONLY | O_CLOEXEC));
     unmap();
     if (!anonymous()) ::unlink(path_.c_str());
+    return file;
   }
   Status rename(const std::string& path, Storage& storage) {
     if (!anonymous() && ::rename(path_.c_str(), path.c_str()) != 0) return system_error("rename", path_);
@@ -1506,7 +1510,7 @@ class Spares {
     MappedFile& file = segment->file;
     const bool wanted = spares_.size() < kMost && file.size() <= kWarmSegment && file.size() >= kWarmSegment / 8;
     const std::string name = text(storage_.directory, "/", ++named_, ".spare");
-    if (!wanted || !file.open().ok() || !file.rename(name, storage_).ok()) file.remove();
+    if (!wanted || !file.open().ok() || !file.rename(name, storage_).ok()) storage_.removed.push_back(file.remove());
     else spares_.push_back(std::move(segment));
   }
   void remove_all() {
@@ -1582,7 +1586,7 @@ class Log {
     spares_.keep(std::move(released));
   }
   void remove_all() {
-    for (auto& segment : segments) segment->file.remove();
+    for (auto& segment : segments) storage_.removed.push_back(segment->file.remove());
     segments.clear();
   }
   void adopt(std::unique_ptr<Segment> segment) {
@@ -5559,6 +5563,10 @@ class Engine {
     const bool awaited = broker_.metadata_awaited;
     if (awaited || (broker_.metadata_changed && !writing_metadata_)) write_metadata(awaited);
     if (!broker_.storage.dirty.empty()) sync_in_time();
+    if (!broker_.storage.removed.empty()) {
+      const auto removed = std::make_shared<std::vector<Fd>>(std::exchange(broker_.storage.removed, {}));
+      worker_->post([removed] { removed->clear(); });
+    }
     for (const auto& done : std::exchange(after_turn_, {})) done->set_value();
   }
   /// The worker does the job; then `note` is called here: before this returns if it is awaited, else in a later turn.
