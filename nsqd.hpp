@@ -1612,8 +1612,9 @@ class Log {
     if (next == nullptr) {
       next = std::make_unique<Segment>(path(end_), wanted, end_);
       status = next->file.create(storage_);
-      if (!status.ok()) {  // the spare ones hold space, too
+      if (!status.ok()) {  // the spare ones hold space, too, and those that nobody has closed yet
         spares_.remove_all();
+        storage_.removed.clear();
         status = next->file.create(storage_);
       }
     } else {
