@@ -1037,6 +1037,34 @@ inline constexpr size_t kFewSegments = 4;                   // more of them are 
 inline constexpr size_t kLargestSegment = size_t{1} << 30;  // offsets have 31 bits
 inline constexpr uint32_t kByteOrder = 0x01020304, kFormatVersion = 3;
 
+/// Files that have no name any more, but their space. To free it takes a while, so it is left to the worker; the loop does it
+/// only where the disk is full.
+class RemovedFiles {
+ public:
+  void add(Fd file) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    files_.push_back(std::move(file));
+    more_ = true;
+  }
+  /// Whether some were added since the last call.
+  bool more() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return std::exchange(more_, false);
+  }
+  /// When it returns, the space of all of them is free, whoever has freed it.
+  void close() {
+    const std::lock_guard<std::mutex> one_at_a_time(closing_);
+    std::vector<Fd> files;
+    const std::lock_guard<std::mutex> lock(mutex_);  // and unlocked before these are closed
+    files.swap(files_);
+  }
+
+ private:
+  std::mutex closing_, mutex_;
+  std::vector<Fd> files_;
+  bool more_ = false;
+};
+
 /// Where logs are kept, what of them is not on the disk yet, and what is wrong with the disk.
 struct Storage {
   std::string directory;                // empty: nothing is kept
@@ -1046,8 +1074,8 @@ struct Storage {
   uint64_t operations = 0;              // publishes and finishes since the last sync
   std::vector<std::string> dirty = {};  // files touched in this epoch
   bool new_names = false;               // the directory itself has to be synced, too
-  std::vector<Fd> removed = {};         // files that have no name any more; their space is free when these are closed
   uint64_t boot = 0;                    // tells one run of the machine from the next; see Ledger
+  RemovedFiles removed;
 
   std::string health() const { return !full.empty() ? "NOK - " + full : !unsynced.empty() ? "NOK - " + unsynced : "OK"; }
 };
@@ -1090,7 +1118,7 @@ class MappedFile {
     if (mapped()) ::munmap(data_ + size, size_ - size);
     size_ = size;
   }
-  /// Takes its name away. To free the space of a large one takes a while, which closing what this returns does.
+  /// Takes its name away; its space is free when what this returns is closed.
   Fd remove() {
     Fd file(anonymous() ? -1 : ::open(path_.c_str(), O_RDONLY | O_CLOEXEC));
     unmap();
@@ -1510,7 +1538,7 @@ class Spares {
     MappedFile& file = segment->file;
     const bool wanted = spares_.size() < kMost && file.size() <= kWarmSegment && file.size() >= kWarmSegment / 8;
     const std::string name = text(storage_.directory, "/", ++named_, ".spare");
-    if (!wanted || !file.open().ok() || !file.rename(name, storage_).ok()) storage_.removed.push_back(file.remove());
+    if (!wanted || !file.open().ok() || !file.rename(name, storage_).ok()) storage_.removed.add(file.remove());
     else spares_.push_back(std::move(segment));
   }
   void remove_all() {
@@ -1586,7 +1614,7 @@ class Log {
     spares_.keep(std::move(released));
   }
   void remove_all() {
-    for (auto& segment : segments) storage_.removed.push_back(segment->file.remove());
+    for (auto& segment : segments) storage_.removed.add(segment->file.remove());
     segments.clear();
   }
   void adopt(std::unique_ptr<Segment> segment) {
@@ -1614,7 +1642,7 @@ class Log {
       status = next->file.create(storage_);
       if (!status.ok()) {  // the spare ones hold space, too, and those that nobody has closed yet
         spares_.remove_all();
-        storage_.removed.clear();
+        storage_.removed.close();
         status = next->file.create(storage_);
       }
     } else {
@@ -5564,10 +5592,7 @@ class Engine {
     const bool awaited = broker_.metadata_awaited;
     if (awaited || (broker_.metadata_changed && !writing_metadata_)) write_metadata(awaited);
     if (!broker_.storage.dirty.empty()) sync_in_time();
-    if (!broker_.storage.removed.empty()) {
-      const auto removed = std::make_shared<std::vector<Fd>>(std::exchange(broker_.storage.removed, {}));
-      worker_->post([removed] { removed->clear(); });
-    }
+    if (broker_.storage.removed.more()) worker_->post([this] { broker_.storage.removed.close(); });
     for (const auto& done : std::exchange(after_turn_, {})) done->set_value();
   }
   /// The worker does the job; then `note` is called here: before this returns if it is awaited, else in a later turn.

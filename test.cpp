@@ -2623,6 +2623,7 @@ TEST(consuming_makes_room_on_a_full_disk) {
 TEST(a_disk_that_is_full_at_the_start_or_for_metadata_is_said_and_survived) {
   Process d({}, small_disk(1));
   Client(d).pub("t", "x");
+  EVENTUALLY(read_file(d.data_path + "/nsqd.dat").find("\"t\"") != std::string::npos);
   {
     std::ofstream ballast(d.data_path + "/ballast");
     while (ballast << std::string(1000, 'b') << std::flush) continue;
