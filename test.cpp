@@ -3848,7 +3848,8 @@ TEST(a_grant_is_asked_for_again_when_its_time_is_over) {
 TEST(statsd_gets_counters_as_differences_and_gauges) {
   const Listener statsd(SOCK_DGRAM);
   Process d({"--statsd-address=" + statsd.address(), "--statsd-interval=1100ms", "--statsd-prefix=q.%s",
-             "--broadcast-http-port=4151", "--statsd-mem-stats=false", "--statsd-exclude-ephemeral"});
+             "--broadcast-http-port=4151", "--statsd-mem-stats=false", "--statsd-exclude-ephemeral",
+             "--e2e-processing-latency-percentile=0.99"});
   create_channel(d, "t", "c");
   Client client(d);
   client.mpub("t", Strings(10, "abc"));
@@ -3866,6 +3867,14 @@ TEST(statsd_gets_counters_as_differences_and_gauges) {
   client.pub("t", "abcd");
   while (!has("topic.t.message_count:1|c") || !has("topic.t.message_bytes:4|c") || !has("topic.t.channel.c.depth:11|g"))
     all += statsd.packet();
+  client.sub("t", "c", 1);
+  client.fin(client.message());
+  for (const std::string of : {"topic.t", "topic.t.channel.c"}) {  // a gauge in nanoseconds, 0 until something is finished
+    const std::string latency = "q.127_0_0_1_4151." + of + ".e2e_processing_latency_99:";
+    const auto last = [&] { return all.substr(std::min(all.rfind(latency), all.size() - latency.size()) + latency.size()); };
+    while (last().empty() || std::stoll(last()) == 0) all += statsd.packet();
+    CHECK_HAS(last().substr(0, last().find('\n')), "|g");
+  }
   CHECK_EQ(all.find("ephemeral"), std::string::npos);
   CHECK_EQ(all.find("mem."), std::string::npos);
 }
