@@ -1808,7 +1808,7 @@ struct Port {
 /// Always: in_flight is the number of Held that it owns; it is in its channel's ready list whenever it can take a message.
 struct Consumer {
   static constexpr size_t kMostOutput = size_t{1} << 20;  // bytes not yet written, above which it gets no more
-  enum Distance { kSameZone, kSameRegion, kElsewhere };   // from this daemon; elsewhere unless consumption is topology-aware
+  enum Distance { kSameZone, kSameRegion, kElsewhere };   // elsewhere, unless consumption is topology-aware
 
   Channel& channel;
   Port* port;
@@ -3616,7 +3616,8 @@ inline Stats take_stats(const Host& host, const StatsQuery& query) {
       ChannelStats& channel = shown.channels.emplace_back(ChannelStats{
           channel_name, of->depth(), of->backend_depth(), of->in_flight_count(), of->deferred_count(),
           of->message_count(), of->requeue_count, of->timeout_count, of->sent_to[Consumer::kSameZone],
-          of->sent_to[Consumer::kSameRegion], of->sent_to[Consumer::kElsewhere], static_cast<int64_t>(of->consumers.size()), {}, of->paused, {}});
+          of->sent_to[Consumer::kSameRegion], of->sent_to[Consumer::kElsewhere],
+          static_cast<int64_t>(of->consumers.size()), {}, of->paused, {}});
       for (const auto& consumer : of->consumers)
         if (query.include_clients) channel.clients.push_back(consumer->port->session->stats());
       if (of->latency == nullptr) continue;
@@ -5342,9 +5343,7 @@ class Loop {
 
 /// A consumer inside the process: a session without a socket, whose output is taken apart into messages.
 struct LocalConsumer : Session {
-  explicit LocalConsumer(Engine& of) : engine(of) {
-    port.session = this;
-  }
+  explicit LocalConsumer(Engine& of) : engine(of) { port.session = this; }
   size_t feed(std::string_view input) override { return input.size(); }
   void ended(std::string_view) override {
     if (port.consumer != nullptr) port.consumer->channel.unsubscribe(*port.consumer, true);
