@@ -1038,11 +1038,13 @@ inline constexpr size_t kLargestSegment = size_t{1} << 30;  // offsets have 31 b
 inline constexpr uint32_t kByteOrder = 0x01020304, kFormatVersion = 3;
 
 /// Files that have no name any more, but their space. To free it takes a while, so it is left to the worker; the loop does it
-/// only where the disk is full.
+/// only where the disk is full, or where the worker is so far behind that descriptors would run out. For any thread.
 class RemovedFiles {
  public:
+  static constexpr size_t kMost = 64;
   void add(Fd file) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (files_.size() == kMost) return;
     files_.push_back(std::move(file));
     more_ = true;
   }
@@ -5338,7 +5340,8 @@ class Loop {
 //
 // Joins the parts: what is locked, bound and loaded at the start, what a turn makes durable, and in which order all
 // ends. And the consumers and publishers inside the process, who reach the loop by posting tasks to it.
-// Always: everything but Loop::post and the ports is touched by the loop's thread only, from start to the end of stop.
+// Always: everything but Loop::post, the ports and RemovedFiles is touched by the loop's thread only, from start to the end
+// of stop.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /// A consumer inside the process: a session without a socket, whose output is taken apart into messages.

@@ -2620,6 +2620,29 @@ TEST(consuming_makes_room_on_a_full_disk) {
   CHECK_EQ(get(d, "/ping"), "OK");
 }
 
+TEST(files_that_are_removed_hold_space_and_descriptors_only_for_a_while) {
+  nsqd::detail::RemovedFiles removed;
+  std::vector<int> numbers;
+  for (size_t i = 0; i < removed.kMost + 10; i++) {
+    nsqd::detail::MappedFile file(folder("data") + "/x", 4096);
+    nsqd::detail::Storage storage;
+    CHECK(file.create(storage).ok());
+    nsqd::detail::Fd left = file.remove();
+    numbers.push_back(left.get());
+    removed.add(std::move(left));
+  }
+  const auto open_ones = [&] {
+    return std::count_if(numbers.begin(), numbers.begin() + removed.kMost, [](int n) { return fcntl(n, F_GETFD) >= 0; });
+  };
+  CHECK_EQ(files(folder("data")).size(), 0U);
+  CHECK_EQ(open_ones(), static_cast<std::ptrdiff_t>(removed.kMost));
+  for (size_t i = removed.kMost; i < numbers.size(); i++) CHECK(fcntl(numbers[i], F_GETFD) < 0);  // freed at once
+  CHECK(removed.more());
+  CHECK(!removed.more());
+  removed.close();
+  CHECK_EQ(open_ones(), 0);
+}
+
 TEST(a_disk_that_is_full_at_the_start_or_for_metadata_is_said_and_survived) {
   Process d({}, small_disk(1));
   Client(d).pub("t", "x");
