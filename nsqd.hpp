@@ -1820,6 +1820,7 @@ struct Consumer {
   int64_t rdy = 0, in_flight = 0;
   uint64_t delivered = 0, finished = 0, requeued = 0;
   bool listed = false;  // in the channel's ready list
+  uint32_t expected = kNoSlot, latest = kNoSlot;  // of what it holds: the slot that it will likely finish next; the last one
 
   bool can_take() const { return in_flight < rdy && port->out.size() < kMostOutput && !port->closing; }
   void count_in(ClientStats& of) const {
@@ -1833,18 +1834,20 @@ struct Consumer {
 
 /// A message that is out of order, in the slot of the ledger of the same index.
 struct Held {
-  MessageId id;       // while it is in flight
-  bool in_flight;
-  uint32_t next;      // of a free slot: the next free one
+  MessageId id;      // while it is in flight
+  bool used, in_flight;
+  uint32_t next;     // in flight: the slot of what the same consumer got after it, or kNoSlot
   uint64_t number;
   Segment* segment;
-  Consumer* owner;    // whom it is in flight with; null when that has left
+  Consumer* owner;   // whom it is in flight with; null when that has left
   int64_t delivered_at;
-  int64_t due;        // monotonic: its deadline in flight, or the end of its delay; kNever: requeued, or a gap
+  int64_t due;       // monotonic: its deadline in flight, or the end of its delay; kNever: requeued, or a gap
 };
 
-/// The slots of one channel, and which of them are free; those in flight are found by id, in a table of open addressing.
-/// Always: the table is at most half full; slots from pool_.size() on are free, too.
+/// The slots of one channel. They are taken in a circle, so messages that go out together lie together, and who finishes in
+/// the order of delivery finds each at the place where it is expected. For who does not, there is an index of the ids in
+/// flight, a table of open addressing, from the first time that it is needed.
+/// Always: unless the disk is full, a quarter of the slots is free, so a free one is near; the index is at most half full.
 class HeldMessages {
  public:
   explicit HeldMessages(Ledger& ledger) : ledger_(ledger) {}
@@ -1855,86 +1858,112 @@ class HeldMessages {
 
   /// Makes room for more; says for how many there is room, fewer where the disk is full.
   size_t reserve(size_t more) {
-    while (used_ + more > ledger_.slots() && ledger_.grow().ok()) continue;
-    more = std::min(more, ledger_.slots() - used_);
-    while ((in_flight_ + more + 1) * 2 > table_.size()) grow_table();
-    return more;
+    while ((used_ + more) * 4 > pool_.size() * 3 && grow()) continue;
+    return std::min(more, pool_.size() - used_);
   }
   /// Takes a free slot; there must be room.
   uint32_t take() {
-    if (free_ == kNoSlot) add_free();
-    ++used_;
-    return std::exchange(free_, pool_[free_].next);
+    while (pool_[next_].used) advance();
+    const uint32_t slot = next_;
+    advance();
+    return take(slot);
   }
-  /// After a restart: this one is not free.
-  void take(uint32_t slot) {
-    while (pool_.size() < slot) add_free();
-    pool_.emplace_back();
+  /// Likewise this one, which an earlier process has filled.
+  uint32_t take(uint32_t slot) {
+    if (slot >= pool_.size()) pool_.resize(ledger_.slots());
+    pool_[slot].used = true;
     ++used_;
+    return slot;
   }
   void free(uint32_t slot) {
     ledger_.free(slot);
     pool_[slot].due = kNever;
-    pool_[slot].owner = nullptr;
-    pool_[slot].next = std::exchange(free_, slot);
+    pool_[slot].used = false;
     --used_;
   }
   /// A channel that holds nothing needs no space for it.
   void shrink() {
     ledger_.file.shrink(kPageSize);
     pool_ = std::vector<Held>();  // = {} would keep the capacity
-    table_ = std::vector<Entry>();
-    free_ = kNoSlot;
+    index_ = std::vector<Entry>();
+    next_ = 0;
   }
 
-  uint32_t find(const MessageId& id) const {
-    if (table_.empty()) return kNoSlot;
+  uint32_t find(const Consumer& consumer, const MessageId& id) {
+    const uint32_t guess = consumer.expected;
+    if (guess < pool_.size() && pool_[guess].in_flight && pool_[guess].id == id) return guess;
+    if (index_.empty()) make_index();
     const auto hash = static_cast<uint32_t>(id.hash());
     for (size_t at = hash & mask();; at = (at + 1) & mask())
-      if (table_[at].slot == kNoSlot || (table_[at].hash == hash && pool_[table_[at].slot].id == id)) return table_[at].slot;
+      if (index_[at].slot == kNoSlot || (index_[at].hash == hash && pool_[index_[at].slot].id == id)) return index_[at].slot;
   }
-  void enter(uint32_t slot, const MessageId& id) {
-    pool_[slot].id = id;
-    pool_[slot].in_flight = true;
+  void enter(uint32_t slot, const MessageId& id, Consumer& owner) {
+    Held& held = pool_[slot];
+    held.id = id;
+    held.in_flight = true;
+    held.owner = &owner;
+    held.next = kNoSlot;
+    (owner.expected < pool_.size() ? pool_[owner.latest].next : owner.expected) = slot;
+    owner.latest = slot;
+    ++owner.in_flight;
     ++in_flight_;
-    place({static_cast<uint32_t>(id.hash()), slot});
+    if (index_.empty()) return;
+    if (in_flight_ * 2 > index_.size()) make_index();
+    else place(slot);
   }
   void leave(uint32_t slot) {
-    pool_[slot].in_flight = false;
+    Held& held = pool_[slot];
+    held.in_flight = false;
+    held.due = kNever;
     --in_flight_;
-    size_t gap = pool_[slot].id.hash() & mask();
-    while (table_[gap].slot != slot) gap = (gap + 1) & mask();
-    for (size_t at = (gap + 1) & mask(); table_[at].slot != kNoSlot; at = (at + 1) & mask()) {
-      if (((at - table_[at].hash) & mask()) < ((at - gap) & mask())) continue;
-      table_[gap] = table_[at];  // the gap is closed, so that no search ends in it
-      gap = at;
+    if (Consumer* const owner = std::exchange(held.owner, nullptr)) {
+      owner->expected = held.next;
+      --owner->in_flight;
     }
-    table_[gap].slot = kNoSlot;
+    if (!index_.empty()) take_out(slot);
+    if (in_flight_ == 0 && pool_.size() <= index_.size()) index_.clear();  // and not where it would take long to make anew
   }
 
  private:
   struct Entry {
     uint32_t hash, slot = kNoSlot;  // hash: of the id; its low bits tell where a search begins
   };
-  size_t mask() const { return table_.size() - 1; }
-  void add_free() {
-    pool_.emplace_back().next = free_;
-    free_ = static_cast<uint32_t>(pool_.size() - 1);
+  void advance() { next_ = next_ + 1 < pool_.size() ? next_ + 1 : 0; }
+  bool grow() {
+    if (pool_.size() == ledger_.slots() && !ledger_.grow().ok()) return false;
+    next_ = end();
+    pool_.resize(std::min<size_t>(std::max<size_t>(8, pool_.size() * 2), ledger_.slots()));
+    return true;
   }
-  void place(const Entry& entry) {
-    size_t at = entry.hash & mask();
-    while (table_[at].slot != kNoSlot) at = (at + 1) & mask();
-    table_[at] = entry;
+
+  size_t mask() const { return index_.size() - 1; }
+  void make_index() {
+    size_t size = 64;
+    while (size < 4 * in_flight_) size *= 2;
+    index_.assign(size, Entry{});
+    for (uint32_t slot = 0; slot < end(); ++slot)
+      if (pool_[slot].in_flight) place(slot);
   }
-  void grow_table() {
-    const auto old = std::exchange(table_, std::vector<Entry>(std::max<size_t>(64, table_.size() * 4)));
-    for (const Entry& entry : old)
-      if (entry.slot != kNoSlot) place(entry);
+  void place(uint32_t slot) {
+    const auto hash = static_cast<uint32_t>(pool_[slot].id.hash());
+    size_t at = hash & mask();
+    while (index_[at].slot != kNoSlot) at = (at + 1) & mask();
+    index_[at] = {hash, slot};
+  }
+  void take_out(uint32_t slot) {
+    size_t gap = pool_[slot].id.hash() & mask();
+    while (index_[gap].slot != slot) gap = (gap + 1) & mask();
+    for (size_t at = (gap + 1) & mask(); index_[at].slot != kNoSlot; at = (at + 1) & mask()) {
+      if (((at - index_[at].hash) & mask()) < ((at - gap) & mask())) continue;
+      index_[gap] = index_[at];  // the gap is closed, so that no search ends in it
+      gap = at;
+    }
+    index_[gap].slot = kNoSlot;
   }
   Ledger& ledger_;
   std::vector<Held> pool_;
-  std::vector<Entry> table_;
-  uint32_t free_ = kNoSlot;
+  std::vector<Entry> index_;
+  uint32_t next_ = 0;  // where a free slot is looked for
   size_t used_ = 0, in_flight_ = 0;
 };
 
@@ -2099,7 +2128,7 @@ class Channel {
   void unsubscribe(Consumer& consumer, bool give_back = false) {
     for (uint32_t slot = 0; slot < held_.end() && consumer.in_flight > 0; ++slot) {
       if (held_[slot].owner != &consumer) continue;
-      if (give_back) put_back(let_go(slot));
+      if (give_back) held_.leave(slot), put_back(slot);
       else --std::exchange(held_[slot].owner, nullptr)->in_flight;
     }
     ready_.erase(std::remove(ready_.begin(), ready_.end(), &consumer), ready_.end());
@@ -2135,7 +2164,8 @@ class Channel {
       const int64_t published = Segment::timestamp_of(segment.frame_of(held_[slot].number));
       latency->add(published > 0 ? broker_.now.wall - published : 0, broker_.now.steady);
     }
-    finish(let_go(slot));
+    held_.leave(slot);
+    finish(slot);
     consider(consumer);
     return {};
   }
@@ -2143,7 +2173,7 @@ class Channel {
     std::string_view why;
     const uint32_t slot = owned(consumer, id, why);
     if (slot == kNoSlot) return why;
-    let_go(slot);
+    held_.leave(slot);
     ++consumer.requeued;
     ++requeue_count;
     if (delay == 0) put_back(slot);
@@ -2168,7 +2198,6 @@ class Channel {
 
   /// Everything that the channel was given counts as finished from here on.
   void empty() {
-    for (auto& consumer : consumers) consumer->in_flight = 0;
     leave();
     if (awake()) move_cursor(topic.distributed());
     drop_held();
@@ -2185,7 +2214,6 @@ class Channel {
       consumer->port->dropped = true;
       consumer->port->attend();
     }
-    consumers.clear();
     ready_.clear();
     if (!remove_files) return ledger_.close_for_good();
     if (at_ != nullptr) --std::exchange(at_, nullptr)->readers;
@@ -2309,7 +2337,7 @@ class Channel {
   };
   struct Due {
     int64_t at;  // monotonic
-    uint32_t slot;
+    uint32_t begin, end;  // slots
     bool operator<(const Due& other) const { return at > other.at; }  // the heap's top is the earliest
   };
 
@@ -2443,25 +2471,16 @@ class Channel {
   }
 
   uint32_t owned(Consumer& consumer, const MessageId& id, std::string_view& why) {
-    const uint32_t slot = held_.find(id);
+    const uint32_t slot = held_.find(consumer, id);
     if (slot == kNoSlot) why = "ID not in flight";
     else if (held_[slot].owner != &consumer) why = "client does not own message";
     return why.empty() ? slot : kNoSlot;
   }
   void deliver_to(Consumer& consumer, uint32_t slot, const char* frame) {
-    held_.enter(slot, Segment::id_of(frame));
-    Held& held = held_[slot];
-    held.owner = &consumer;
-    held.delivered_at = broker_.now.steady;
-    wait(slot, saturating_add(held.delivered_at, consumer.msg_timeout));
-    ++consumer.in_flight;
+    held_.enter(slot, Segment::id_of(frame), consumer);
+    held_[slot].delivered_at = broker_.now.steady;
+    wait(slot, saturating_add(broker_.now.steady, consumer.msg_timeout));
     ++consumer.delivered;
-  }
-  uint32_t let_go(uint32_t slot) {
-    held_.leave(slot);
-    held_[slot].due = kNever;
-    if (Consumer* owner = std::exchange(held_[slot].owner, nullptr)) --owner->in_flight;
-    return slot;
   }
   /// Behind everything that waits, as nsqd does it.
   void put_back(uint32_t slot) {
@@ -2473,33 +2492,45 @@ class Channel {
     ++deferred_;
     wait(slot, steady(due_wall));
   }
-  /// Notes when something has to be done with a held message. What was noted before stays in the heap and is passed over
-  /// when its time comes, or when there is more of that than of what counts.
+  /// Notes when something has to be done with a held message; neighbours with the same time share a note. What was noted
+  /// before stays in the heap and is passed over when its time comes, or when there is more of that than of what counts.
   void wait(uint32_t slot, int64_t due) {
     held_[slot].due = due;
+    if (!due_.empty() && due_.back().at == due && due_.back().end == slot) return void(++due_.back().end);
     if (due_.size() > 2 * held_.used() + 64) {
-      due_.erase(std::remove_if(due_.begin(), due_.end(), [this](const Due& d) { return !counts(d); }), due_.end());
+      due_.erase(std::remove_if(due_.begin(), due_.end(), [this](const Due& d) { return past(d); }), due_.end());
       std::make_heap(due_.begin(), due_.end());
     }
-    due_.push_back({due, slot});
+    due_.push_back({due, slot, slot + 1});
     std::push_heap(due_.begin(), due_.end());
     timer_.set(std::min(timer_.due(), due));
   }
-  bool counts(const Due& due) { return due.slot < held_.end() && held_[due.slot].due == due.at; }
+  bool counts(uint32_t slot, int64_t at) { return slot < held_.end() && held_[slot].due == at; }
+  bool past(const Due& due) {
+    uint32_t slot = due.begin;
+    while (slot < due.end && !counts(slot, due.at)) ++slot;
+    return slot == due.end;
+  }
   void on_time() {
     for (; !due_.empty() && due_.front().at <= broker_.now.steady; due_.pop_back()) {
       std::pop_heap(due_.begin(), due_.end());
       const Due due = due_.back();
-      if (!counts(due)) continue;
-      Consumer* const owner = held_[due.slot].owner;
-      if (held_[due.slot].in_flight) ++timeout_count, let_go(due.slot);
-      else --deferred_;
-      held_[due.slot].due = kNever;
-      put_back(due.slot);
-      if (owner != nullptr) consider(*owner);
+      for (uint32_t slot = due.begin; slot < due.end; ++slot)
+        if (counts(slot, due.at)) time_is_up(slot);
     }
     if (!due_.empty()) timer_.set(due_.front().at);
-    if (due_.empty() && held_.used() == 0) held_.shrink(), due_.shrink_to_fit();
+    if (!due_.empty() || held_.used() > 0) return;
+    held_.shrink();
+    due_.shrink_to_fit();
+    for (auto& consumer : consumers) consumer->expected = kNoSlot;
+  }
+  void time_is_up(uint32_t slot) {
+    Consumer* const owner = held_[slot].owner;
+    if (held_[slot].in_flight) ++timeout_count, held_.leave(slot);
+    else --deferred_;
+    held_[slot].due = kNever;
+    put_back(slot);
+    if (owner != nullptr) consider(*owner);
   }
   /// The monotonic time of a due time by the wall clock, within the bounds that a delay has.
   int64_t steady(int64_t due_wall) const {
@@ -2528,7 +2559,6 @@ class Channel {
     if (requeued_.empty() || !awake()) return 0;
     const uint32_t slot = requeued_.front().slot;
     if (!held_[slot].segment->file.open().ok()) return 0;
-    held_.reserve(0);  // its id needs a place in the table
     requeued_.pop_front();
     broker_.cool_later(topic);
     if (sampled_out(consumer)) finish(slot);
@@ -3229,6 +3259,7 @@ class V2Session : public Session {
  private:
   static constexpr unsigned kFirst = 1 << kInit, kOpen = 1 << kSubscribed, kConsuming = kOpen | 1 << kClosing;
   static constexpr unsigned kAlways = kFirst | kConsuming;
+  static constexpr size_t kFinSize = 21;  // FIN, a space, an id, a newline
   enum class Part { kSize, kBody, kMessage };  // what follows a line; kSize: a body whose size is not believed
   struct Command {
     std::string_view name;
@@ -3249,6 +3280,7 @@ class V2Session : public Session {
       last_command_ = broker_.now.steady;
       return 4;
     }
+    if (finished(input)) return kFinSize;
     const size_t end = input.substr(0, kLongestLine).find('\n');
     port.dropped = end == input.npos && input.size() >= kLongestLine;
     if (end == input.npos) return 0;
@@ -3260,6 +3292,13 @@ class V2Session : public Session {
     last_command_ = broker_.now.steady;
     checked_ = checked_end_ = 0;
     return used_;
+  }
+  /// The short way for what a consumer says most: a FIN of its message. All else takes the long one.
+  bool finished(std::string_view input) {
+    const bool fin = input.size() >= kFinSize && input[kFinSize - 1] == '\n' && input.substr(0, 4) == "FIN ";
+    if (!fin || port.consumer == nullptr) return false;
+    last_command_ = broker_.now.steady;
+    return channel().finish(*port.consumer, MessageId::from(input.data() + 4)).empty();
   }
   /// Finds the command, checks what its line alone can tell, in nsqd's order and words, and runs it.
   bool dispatch(std::string_view line) {
