@@ -1695,6 +1695,41 @@ TEST(the_space_that_many_deferred_messages_took_is_given_back) {
   CHECK_EQ(consumer.message().body, "again");
 }
 
+TEST(consumers_may_finish_and_requeue_what_they_hold_in_any_order) {
+  Process d;
+  Client publisher(d);
+  std::vector<std::unique_ptr<Client>> consumers;
+  std::vector<std::vector<Message>> held(3);
+  for (size_t i = 0; i < held.size(); i++) {
+    consumers.push_back(std::make_unique<Client>(d));
+    consumers[i]->sub("t", "c", 100);
+  }
+  Strings finished;
+  uint32_t dice = 1;
+  const auto roll = [&dice](size_t sides) { return (dice = dice * 1664525 + 1013904223) / 65536 % sides; };
+  for (int batch = 0; batch < 10; batch++) {
+    publisher.mpub("t", numbered("m", 300 * batch, 300 * (batch + 1)));
+    while (finished.size() < static_cast<size_t>(300 * (batch + 1))) {
+      const size_t who = roll(held.size());
+      for (size_t most = roll(20); most > 0; most--)
+        if (auto message = consumers[who]->try_message(0ms)) held[who].push_back(std::move(*message));
+      for (size_t most = roll(20); most > 0 && !held[who].empty(); most--) {
+        std::swap(held[who][roll(held[who].size())], held[who].back());
+        if (roll(4) == 0) {
+          consumers[who]->req(held[who].back(), 0);
+        } else {
+          consumers[who]->fin(held[who].back());
+          finished.push_back(held[who].back().body);
+        }
+        held[who].pop_back();
+      }
+    }
+  }
+  CHECK_EQ(sorted(finished), sorted(numbered("m", 0, 3000)));
+  EVENTUALLY(channel_count(d, "t", "c", "in_flight_count") == 0);
+  CHECK_EQ(channel_count(d, "t", "c", "depth"), 0);
+}
+
 TEST(only_the_one_who_holds_a_message_can_finish_it) {
   Process d;
   Client holder(d), other(d);
