@@ -1820,7 +1820,7 @@ struct Consumer {
   int64_t rdy = 0, in_flight = 0;
   uint64_t delivered = 0, finished = 0, requeued = 0;
   bool listed = false;  // in the channel's ready list
-  uint32_t expected = kNoSlot, latest = kNoSlot;  // of what it holds: the slot that it will likely finish next; the last one
+  uint32_t expected = kNoSlot, latest = kNoSlot;  // the slots that it will likely finish next, and that it got last
 
   bool can_take() const { return in_flight < rdy && port->out.size() < kMostOutput && !port->closing; }
   void count_in(ClientStats& of) const {
@@ -1836,7 +1836,7 @@ struct Consumer {
 struct Held {
   MessageId id;      // while it is in flight
   bool used, in_flight;
-  uint32_t next;     // in flight: the slot of what the same consumer got after it, or kNoSlot
+  uint32_t next;     // likely that of what the same consumer got after it
   uint64_t number;
   Segment* segment;
   Consumer* owner;   // whom it is in flight with; null when that has left
@@ -1846,8 +1846,9 @@ struct Held {
 
 /// The slots of one channel. They are taken in a circle, so messages that go out together lie together, and who finishes in
 /// the order of delivery finds each at the place where it is expected. For who does not, there is an index of the ids in
-/// flight, a table of open addressing, from the first time that it is needed.
-/// Always: unless the disk is full, a quarter of the slots is free, so a free one is near; the index is at most half full.
+/// flight, a table of open addressing, from the first time that it is needed until nothing is in flight.
+/// Always: a quarter of the slots is kept free, so a round passes three used ones at most for each that it takes; the index
+/// is at most half full.
 class HeldMessages {
  public:
   explicit HeldMessages(Ledger& ledger) : ledger_(ledger) {}
@@ -1858,8 +1859,8 @@ class HeldMessages {
 
   /// Makes room for more; says for how many there is room, fewer where the disk is full.
   size_t reserve(size_t more) {
-    while ((used_ + more) * 4 > pool_.size() * 3 && grow()) continue;
-    return std::min(more, pool_.size() - used_);
+    while (used_ + more > most() && grow()) continue;
+    return std::min(more, most() - std::min(most(), used_));
   }
   /// Takes a free slot; there must be room.
   uint32_t take() {
@@ -1868,7 +1869,7 @@ class HeldMessages {
     advance();
     return take(slot);
   }
-  /// Likewise this one, which an earlier process has filled.
+  /// Likewise this one; after a restart, where an earlier process has filled it.
   uint32_t take(uint32_t slot) {
     if (slot >= pool_.size()) pool_.resize(ledger_.slots());
     pool_[slot].used = true;
@@ -1879,7 +1880,7 @@ class HeldMessages {
     ledger_.free(slot);
     pool_[slot].due = kNever;
     pool_[slot].used = false;
-    --used_;
+    if (--used_ == 0) next_ = 0;  // a small part of it stays warm
   }
   /// A channel that holds nothing needs no space for it.
   void shrink() {
@@ -1903,7 +1904,7 @@ class HeldMessages {
     held.in_flight = true;
     held.owner = &owner;
     held.next = kNoSlot;
-    (owner.expected < pool_.size() ? pool_[owner.latest].next : owner.expected) = slot;
+    (owner.in_flight == 0 || owner.expected == kNoSlot ? owner.expected : pool_[owner.latest].next) = slot;
     owner.latest = slot;
     ++owner.in_flight;
     ++in_flight_;
@@ -1928,6 +1929,7 @@ class HeldMessages {
   struct Entry {
     uint32_t hash, slot = kNoSlot;  // hash: of the id; its low bits tell where a search begins
   };
+  size_t most() const { return pool_.size() * 3 / 4; }  // so many may be used
   void advance() { next_ = next_ + 1 < pool_.size() ? next_ + 1 : 0; }
   bool grow() {
     if (pool_.size() == ledger_.slots() && !ledger_.grow().ok()) return false;
@@ -2392,8 +2394,8 @@ class Channel {
       if (!status.ok()) return false;
       const auto i = static_cast<uint32_t>(cursor_ - at_->first);
       const int64_t due = at_->deferred(i) ? at_->due_of(i) : 0;
-      if (due <= broker_.now.wall) return true;
       if (held_.reserve(1) == 0) return false;
+      if (due <= broker_.now.wall) return true;
       put_off(hold(*at_, cursor_, due, 0), due);
       move_cursor(cursor_ + 1);
     }
@@ -2492,43 +2494,37 @@ class Channel {
     ++deferred_;
     wait(slot, steady(due_wall));
   }
-  /// Notes when something has to be done with a held message; neighbours with the same time share a note. What was noted
-  /// before stays in the heap and is passed over when its time comes, or when there is more of that than of what counts.
+  /// Notes when something has to be done with a held message; a run of them shares a note. What was noted before stays in
+  /// the heap and is passed over when its time comes, or when there is more of that than of what counts.
   void wait(uint32_t slot, int64_t due) {
+    if (held_[slot].due == due) return;  // noted already
     held_[slot].due = due;
     if (!due_.empty() && due_.back().at == due && due_.back().end == slot) return void(++due_.back().end);
-    if (due_.size() > 2 * held_.used() + 64) {
-      due_.erase(std::remove_if(due_.begin(), due_.end(), [this](const Due& d) { return past(d); }), due_.end());
-      std::make_heap(due_.begin(), due_.end());
-    }
+    if (due_.size() > 2 * held_.used() + 64) drop_old_notes();
     due_.push_back({due, slot, slot + 1});
     std::push_heap(due_.begin(), due_.end());
     timer_.set(std::min(timer_.due(), due));
   }
-  bool counts(uint32_t slot, int64_t at) { return slot < held_.end() && held_[slot].due == at; }
-  bool past(const Due& due) {
-    uint32_t slot = due.begin;
-    while (slot < due.end && !counts(slot, due.at)) ++slot;
-    return slot == due.end;
+  void drop_old_notes() {
+    for (Due& note : due_)
+      while (note.begin < note.end && held_[note.begin].due != note.at) ++note.begin;
+    due_.erase(std::remove_if(due_.begin(), due_.end(), [](const Due& note) { return note.begin == note.end; }), due_.end());
+    std::make_heap(due_.begin(), due_.end());
   }
   void on_time() {
     for (; !due_.empty() && due_.front().at <= broker_.now.steady; due_.pop_back()) {
       std::pop_heap(due_.begin(), due_.end());
       const Due due = due_.back();
       for (uint32_t slot = due.begin; slot < due.end; ++slot)
-        if (counts(slot, due.at)) time_is_up(slot);
+        if (held_[slot].due == due.at) time_is_up(slot);
     }
     if (!due_.empty()) timer_.set(due_.front().at);
-    if (!due_.empty() || held_.used() > 0) return;
-    held_.shrink();
-    due_.shrink_to_fit();
-    for (auto& consumer : consumers) consumer->expected = kNoSlot;
+    if (due_.empty() && held_.used() == 0) held_.shrink(), due_.shrink_to_fit();
   }
   void time_is_up(uint32_t slot) {
     Consumer* const owner = held_[slot].owner;
     if (held_[slot].in_flight) ++timeout_count, held_.leave(slot);
-    else --deferred_;
-    held_[slot].due = kNever;
+    else --deferred_, held_[slot].due = kNever;
     put_back(slot);
     if (owner != nullptr) consider(*owner);
   }

@@ -1635,6 +1635,19 @@ TEST(a_touch_puts_the_timeout_off_until_the_cap) {
   CHECK(ms_since(start) >= 2400);
 }
 
+TEST(a_flood_of_touches_keeps_nobody_waiting) {
+  Process d({"--max-msg-timeout=1m"});  // the default timeout, so that all of them ask for the same deadline
+  Client consumer(d);
+  consumer.sub("t", "c");
+  Client(d).pub("t", "x");
+  const Message message = consumer.message();
+  std::string flood;
+  for (int i = 0; i < 100000; i++) flood += "TOUCH " + message.id + "\n";
+  consumer.send(flood);
+  consumer.fin(message);
+  EVENTUALLY(channel_count(d, "t", "c", "in_flight_count") == 0);
+}
+
 TEST(a_requeued_message_comes_back_at_once_or_when_asked) {
   Process d;
   Client consumer(d);
