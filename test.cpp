@@ -1642,7 +1642,7 @@ TEST(a_flood_of_touches_keeps_nobody_waiting) {
   Client(d).pub("t", "x");
   const Message message = consumer.message();
   std::string flood;
-  for (int i = 0; i < 100000; i++) flood += "TOUCH " + message.id + "\n";
+  for (int i = 0; i < 300000; i++) flood += "TOUCH " + message.id + "\n";
   consumer.send(flood);
   consumer.fin(message);
   EVENTUALLY(channel_count(d, "t", "c", "in_flight_count") == 0);
