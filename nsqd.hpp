@@ -1871,7 +1871,7 @@ class HeldMessages {
   }
   /// Likewise this one; after a restart, where an earlier process has filled it.
   uint32_t take(uint32_t slot) {
-    if (slot >= pool_.size()) pool_.resize(ledger_.slots());
+    if (slot >= pool_.size()) pool_.resize(std::min<size_t>(2 * size_t{slot} + 8, ledger_.slots()));
     pool_[slot].used = true;
     ++used_;
     return slot;
