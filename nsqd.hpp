@@ -1835,7 +1835,7 @@ struct Consumer {
 /// A message that is out of order, in the slot of the ledger of the same index.
 struct Held {
   MessageId id;      // while it is in flight
-  bool used, in_flight;
+  bool in_flight;
   uint32_t next;     // likely that of what the same consumer got after it
   uint64_t number;
   Segment* segment;
@@ -1862,9 +1862,9 @@ class HeldMessages {
     while (used_ + more > most() && grow()) continue;
     return std::min(more, most() - std::min(most(), used_));
   }
-  /// Takes a free slot; there must be room.
+  /// Takes a free slot, which is then to be filled; there must be room.
   uint32_t take() {
-    while (pool_[next_].used) advance();
+    while (ledger_.used(next_)) advance();
     const uint32_t slot = next_;
     advance();
     return take(slot);
@@ -1872,14 +1872,12 @@ class HeldMessages {
   /// Likewise this one; after a restart, where an earlier process has filled it.
   uint32_t take(uint32_t slot) {
     if (slot >= pool_.size()) pool_.resize(std::min<size_t>(2 * size_t{slot} + 8, ledger_.slots()));
-    pool_[slot].used = true;
     ++used_;
     return slot;
   }
   void free(uint32_t slot) {
     ledger_.free(slot);
     pool_[slot].due = kNever;
-    pool_[slot].used = false;
     if (--used_ == 0) next_ = 0;  // a small part of it stays warm
   }
   /// A channel that holds nothing needs no space for it.
@@ -1904,7 +1902,8 @@ class HeldMessages {
     held.in_flight = true;
     held.owner = &owner;
     held.next = kNoSlot;
-    (owner.in_flight == 0 || owner.expected == kNoSlot ? owner.expected : pool_[owner.latest].next) = slot;
+    if (owner.in_flight == 0 || owner.expected == kNoSlot) owner.expected = slot;
+    else pool_[owner.latest].next = slot;
     owner.latest = slot;
     ++owner.in_flight;
     ++in_flight_;
@@ -3276,7 +3275,7 @@ class V2Session : public Session {
       last_command_ = broker_.now.steady;
       return 4;
     }
-    if (finished(input)) return kFinSize;
+    if (quick_fin(input)) return kFinSize;
     const size_t end = input.substr(0, kLongestLine).find('\n');
     port.dropped = end == input.npos && input.size() >= kLongestLine;
     if (end == input.npos) return 0;
@@ -3290,11 +3289,12 @@ class V2Session : public Session {
     return used_;
   }
   /// The short way for what a consumer says most: a FIN of its message. All else takes the long one.
-  bool finished(std::string_view input) {
+  bool quick_fin(std::string_view input) {
     const bool fin = input.size() >= kFinSize && input[kFinSize - 1] == '\n' && input.substr(0, 4) == "FIN ";
     if (!fin || port.consumer == nullptr) return false;
+    if (!channel().finish(*port.consumer, MessageId::from(input.data() + 4)).empty()) return false;
     last_command_ = broker_.now.steady;
-    return channel().finish(*port.consumer, MessageId::from(input.data() + 4)).empty();
+    return true;
   }
   /// Finds the command, checks what its line alone can tell, in nsqd's order and words, and runs it.
   bool dispatch(std::string_view line) {

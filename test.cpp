@@ -2668,6 +2668,32 @@ TEST(consuming_makes_room_on_a_full_disk) {
   CHECK_EQ(get(d, "/ping"), "OK");
 }
 
+TEST(on_a_full_disk_what_is_requeued_comes_again_though_a_backlog_waits) {
+  Process d({}, small_disk(1));
+  create_channel(d, "t", "c");
+  Client(d).mpub("t", numbered("m", 0, 300));
+  std::ofstream ballast(d.data_path + "/ballast");
+  while (ballast << std::string(1000, 'b') << std::flush) continue;
+  Client consumer(d);
+  consumer.sub("t", "c", 200);
+  std::vector<Message> held;
+  while (const auto message = consumer.try_message(500ms)) held.push_back(*message);
+  CHECK(held.size() >= 50 && held.size() < 200);  // as many as the ledger has room for
+  for (const auto& message : held) consumer.req(message, 0);
+  for (auto& message : held) {  // a finished one would make room for the backlog, so none is finished yet
+    message = consumer.message();
+    CHECK_EQ(message.attempts, 2);
+  }
+  Strings finished;
+  for (const auto& message : held) consumer.fin(message), finished.push_back(message.body);
+  for (size_t left = 300 - held.size(); left > 0; left--) {
+    const Message message = consumer.message();
+    finished.push_back(message.body);
+    consumer.fin(message);
+  }
+  CHECK_EQ(sorted(finished), sorted(numbered("m", 0, 300)));
+}
+
 TEST(files_that_are_removed_hold_space_and_descriptors_only_for_a_while) {
   nsqd::detail::RemovedFiles removed;
   std::vector<int> numbers;
