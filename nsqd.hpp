@@ -3572,10 +3572,12 @@ class V2Session : public Session {
   // ---- time ---------------------------------------------------------------------------------------------------------
 
   int64_t read_deadline() const { return saturating_add(last_command_, saturating_add(heartbeat_, heartbeat_)); }
-  /// One timer for that and the heartbeat, which is rounded up, so that many clients share a turn of the loop.
+  /// One timer for that and the heartbeat, up to a quarter of the interval after its time: so clients who come at any time
+  /// share few turns of the loop, where a thousand of them would take 3 % of a core.
   void set_timer() {
-    const int64_t grain = beat_ < 8 * kSecond ? kSecond / 4 : kSecond;
-    timer_.set(std::min(saturating_add(next_heartbeat_, grain - 1) / grain * grain, read_deadline()));
+    int64_t grain = kSecond / 8;
+    while (grain < std::min(beat_, heartbeat_) / 8) grain *= 2;
+    timer_.set(saturating_add(std::min(next_heartbeat_, read_deadline()), grain - 1) / grain * grain);
   }
   void on_timer() {
     const int64_t now = broker_.now.steady;

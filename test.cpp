@@ -4738,6 +4738,30 @@ std::string mutated(std::string bytes, const std::string& other, uint32_t& dice)
 
 }  // namespace fuzz
 
+// Each turn costs with every connection: with a turn for each heartbeat, a thousand clients would take 3 % of a core.
+TEST(clients_who_came_at_any_time_get_their_heartbeats_together) {
+  constexpr size_t kClients = 100;
+  constexpr int64_t kStep = fuzz::kSecond / 10;
+  fuzz::Stage stage(std::string(kClients, 'V'), fuzz::quiet());
+  std::vector<int64_t> beats(kClients, fuzz::kStart.steady);
+  size_t turns = 0;
+  for (size_t i = 0; i < 2400; i++) {  // four minutes, of which the last are watched
+    if (i % 3 == 0 && i / 3 < kClients) stage.feed(stage.wires[i / 3], "  V2");
+    if (i >= 1200 && stage.broker.timers.next() <= stage.broker.now.steady + kStep) turns++;
+    stage.turn(kStep);
+    for (size_t at = 0; at < kClients; at++) {
+      auto& wire = stage.wires[at];
+      if (wire.output.empty()) continue;
+      CHECK_HAS(std::exchange(wire.output, ""), "_heartbeat_");
+      stage.feed(wire, "NOP\n");
+      beats[at] = stage.broker.now.steady;
+    }
+  }
+  CHECK(turns > 0 && turns <= 40);  // in two minutes, for 400 heartbeats
+  for (size_t at = 0; at < kClients; at++)
+    CHECK(stage.wires[at].session != nullptr && stage.broker.now.steady - beats[at] < 38 * fuzz::kSecond);
+}
+
 TEST(fuzzing_finds_nothing_in_a_few_mutations_of_every_seed) {
   for (const fuzz::Target& target : fuzz::kTargets) {
     const Strings seeds = target.seeds();
@@ -5306,18 +5330,19 @@ double microseconds_at(const std::vector<double>& sorted, double quantile) {
 }
 
 constexpr char kUnbuffered[] = ",\"output_buffer_size\":-1";
-constexpr size_t kIdleWindow = 4;  // seconds over which idle CPU is measured, after as many of settling
+constexpr size_t kIdleWindow = 4;  // seconds over which idle CPU is measured
 
 /// Consumers that get nothing, on a topic of their own; a thread answers their heartbeats.
-/// Heartbeats come every 30 s by default, so a short window after the connects would see none. Therefore 4 of 30
-/// clients ask for their first one within the window, evenly spread: as many as an average window sees.
+/// Heartbeats come every 30 s by default, so a short window after the connects would see none. Therefore 12 of 30 clients
+/// ask for their first one within 12 seconds around that window, evenly spread: as many as there are on average. It is wider
+/// than the window, since a daemon may send some together that are due within a few seconds.
 class IdleConsumers {
  public:
-  IdleConsumers(Run& run, size_t count) {
+  IdleConsumers(Run& run, size_t count, size_t settling) {
     const std::string sub = sub_command(run.topic({"c"}), "c") + "RDY 1\n";
-    const size_t early = std::max<size_t>(1, count * kIdleWindow / 30);
+    const size_t around = 3 * kIdleWindow, early = count * around / 30;
     for (size_t i = 0, waiting = 0; i < count; ++i) {
-      const size_t interval = i < early ? kIdleWindow * 1000 * (early + i) / early : 30000;
+      const size_t interval = i < early ? (settling - kIdleWindow) * 1000 + around * 1000 * i / early : 30000;
       const std::string settings = ",\"heartbeat_interval\":" + std::to_string(interval);
       clients_.push_back(std::make_unique<Client>(run.daemon.tcp, kSmallInput, settings, sub));
       if (i + 1 - waiting == 200 || i + 1 == count)  // many at once: a turn of a poll loop costs with each connection
@@ -5348,8 +5373,8 @@ class IdleConsumers {
 };
 
 /// CPU time in percent of one core.
-double idle_cpu(const Run& run) {
-  sleep_for(kIdleWindow);
+double idle_cpu(const Run& run, double settling) {
+  sleep_for(settling);
   const double before = cpu_seconds(run.daemon.pid);
   const auto start = Clock::now();
   sleep_for(kIdleWindow);
@@ -5422,8 +5447,9 @@ void latencies(Run& run) {
 void idle_1000(Run& run) {
   run.topic({"c"});
   const Memory before(run.daemon.pid);
-  IdleConsumers idle(run, 1000);
-  const double cpu = idle_cpu(run);
+  const size_t settling = 16;
+  IdleConsumers idle(run, 1000, settling);
+  const double cpu = idle_cpu(run, settling);
   add_memory(run, "1,000 consumers", before, 1000);
   if (run.daemon.pid != 0) run.add("1,000 consumers, CPU", cpu, "%");
   idle.finish();
@@ -5438,7 +5464,7 @@ void idle_10000(Run& run) {
   const Result alone = pair_rate();
   add_rate(run, "a working pair alone", alone);
   run.add("5,000 msg/s alone, p50", pair_latency(), "us");
-  IdleConsumers idle(run, 10000);
+  IdleConsumers idle(run, 10000, 5);
   const Result beside = pair_rate();
   add_rate(run, "the pair beside 10,000 idle consumers", beside);
   run.add("the pair's rate, beside over alone", beside.per_second / alone.per_second, "x");
@@ -5464,7 +5490,7 @@ void thousand_topics(Run& run) {
   const auto start = Clock::now();
   for (int i = 0; i < 1000; ++i) http.create(run.unique_name(), {"c"});
   run.add("creates over HTTP, topics and channels", 2000 / seconds_since(start), "/s");
-  if (run.daemon.pid != 0) run.add("1,000 topics with a channel, CPU", idle_cpu(run), "%");
+  if (run.daemon.pid != 0) run.add("1,000 topics with a channel, CPU", idle_cpu(run, 4), "%");
   add_memory(run, "1,000 topics", before, 1000);
 }
 
