@@ -3219,7 +3219,7 @@ class V2Session : public Session {
   size_t feed(std::string_view input) override {
     size_t used = 0, size = input.size() < needed_ ? 0 : 1;
     for (; size > 0 && used < input.size() && !parked && !port.closing && !port.dropped; used += size)
-      size = step(input.substr(used));
+      size = quick_fin(input.data() + used, input.size() - used) ? kFinSize : step(input.substr(used));
     return used;
   }
   /// A command cut off within its body gets the error of that command; within its line, silence.
@@ -3275,7 +3275,6 @@ class V2Session : public Session {
       last_command_ = broker_.now.steady;
       return 4;
     }
-    if (quick_fin(input)) return kFinSize;
     const size_t end = input.substr(0, kLongestLine).find('\n');
     port.dropped = end == input.npos && input.size() >= kLongestLine;
     if (end == input.npos) return 0;
@@ -3289,10 +3288,10 @@ class V2Session : public Session {
     return used_;
   }
   /// The short way for what a consumer says most: a FIN of its message. All else takes the long one.
-  bool quick_fin(std::string_view input) {
-    const bool fin = input.size() >= kFinSize && input[kFinSize - 1] == '\n' && input.substr(0, 4) == "FIN ";
+  bool quick_fin(const char* input, size_t size) {
+    const bool fin = size >= kFinSize && input[kFinSize - 1] == '\n' && std::memcmp(input, "FIN ", 4) == 0;
     if (!fin || port.consumer == nullptr) return false;
-    if (!channel().finish(*port.consumer, MessageId::from(input.data() + 4)).empty()) return false;
+    if (!channel().finish(*port.consumer, MessageId::from(input + 4)).empty()) return false;
     last_command_ = broker_.now.steady;
     return true;
   }
