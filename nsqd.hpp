@@ -1837,7 +1837,6 @@ struct Held {
   MessageId id;      // while it is in flight
   bool in_flight;
   uint32_t next;     // likely that of what the same consumer got after it
-  uint64_t number;
   Segment* segment;
   Consumer* owner;   // whom it is in flight with; null when that has left
   int64_t delivered_at;
@@ -2162,7 +2161,7 @@ class Channel {
     Segment& segment = *held_[slot].segment;
     ++consumer.finished;
     if (latency != nullptr && segment.file.open().ok()) {
-      const int64_t published = Segment::timestamp_of(segment.frame_of(held_[slot].number));
+      const int64_t published = Segment::timestamp_of(segment.frame_of(ledger_.number(slot)));
       latency->add(published > 0 ? broker_.now.wall - published : 0, broker_.now.steady);
     }
     held_.leave(slot);
@@ -2309,7 +2308,7 @@ class Channel {
     if (cursor_ < lowest) move_cursor(lowest);
     for (uint32_t i = 0; ledger_.file.mapped() && i < ledger_.slots(); ++i)
       if (ledger_.used(i)) take_up(i);
-    const auto earlier = [this](const Requeued& a, const Requeued& b) { return held_[a.slot].number < held_[b.slot].number; };
+    const auto earlier = [this](const Requeued& a, const Requeued& b) { return ledger_.number(a.slot) < ledger_.number(b.slot); };
     std::sort(requeued_.begin(), requeued_.end(), earlier);
     uint64_t expected = cursor_;
     for (const auto& segment : segments) {
@@ -2419,12 +2418,11 @@ class Channel {
   uint32_t hold(Segment& segment, uint64_t number, int64_t due_wall, uint16_t attempts) {
     const uint32_t slot = held_.take();
     ledger_.fill(slot, number, due_wall, attempts, Ledger::kHeld);
-    note_held(slot, segment, number);
+    note_held(slot, segment);
     return slot;
   }
-  void note_held(uint32_t slot, Segment& segment, uint64_t number) {
+  void note_held(uint32_t slot, Segment& segment) {
     ++segment.held;
-    held_[slot].number = number;
     held_[slot].segment = &segment;
     held_[slot].due = kNever;
   }
@@ -2444,7 +2442,7 @@ class Channel {
     const auto broken = segment == nullptr ? std::vector<uint32_t>() : segment->damaged;
     const bool there = segment != nullptr && segment->first <= number && number < topic.distributed();
     if (!there || std::find(broken.begin(), broken.end(), number - segment->first) != broken.end()) return held_.free(slot);
-    note_held(slot, *segment, number);
+    note_held(slot, *segment);
     if (number >= cursor_) add_gap(number, number + 1);
     if (ledger_.due(slot) > broker_.now.wall) put_off(slot, ledger_.due(slot));
     else requeued_.push_back({slot, 0});
@@ -2562,7 +2560,7 @@ class Channel {
   }
   /// A copy of the frame with the number of this attempt; it stops at 65535, where nsqd would begin again at 0.
   void deliver_again(Consumer& consumer, uint32_t slot) {
-    const char* frame = held_[slot].segment->frame_of(held_[slot].number);
+    const char* frame = held_[slot].segment->frame_of(ledger_.number(slot));
     const auto attempts = static_cast<uint16_t>(std::min(ledger_.attempts(slot) + 1, 65535));
     std::string copy(frame, Segment::frame_size(frame));
     put_be(&copy[16], attempts);
