@@ -4565,6 +4565,7 @@ class HttpSession : public Session {
   bool in_body_ = false;  // the head has arrived; with it, the body may have, too
   Timer timer_;
 };
+
 // ---------------------------------------------------------------------------------------------------------------------
 // [13] Peers
 //
@@ -4860,6 +4861,7 @@ class Cluster {
   std::map<std::string, std::shared_ptr<LookupPeer>> peers_;
 };
 
+// ---------------------------------------------------------------------------------------------------------------------
 // [14] The poll loop
 //
 // The only part with sockets and clocks. It owns the connections, feeds what arrives to their sessions and writes what
