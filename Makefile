@@ -43,8 +43,8 @@ test: nsqd $(BUILD)/test $(BUILD)/example
 	NSQD_BIN=./nsqd $(BUILD)/test
 
 # How fast it is, in under three minutes. `.build/bench/test bench --help` tells what else it can measure.
-bench: nsqd
-	@$(MAKE) -s BUILD=$(BUILD)/bench TEST_OPT=-O2 $(BUILD)/bench/test
+bench:
+	@$(MAKE) -s -j2 BUILD=$(BUILD)/bench TEST_OPT=-O2 nsqd $(BUILD)/bench/test
 	$(BUILD)/bench/test bench --bin ./nsqd
 
 # Looks for input that breaks something, for FUZZ_SECONDS at each target, with clang's libFuzzer. What it finds is in .build/fuzz.
