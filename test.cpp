@@ -5334,8 +5334,8 @@ constexpr size_t kIdleWindow = 4;  // seconds over which idle CPU is measured
 
 /// Consumers that get nothing, on a topic of their own; a thread answers their heartbeats.
 /// Heartbeats come every 30 s by default, so a short window after the connects would see none. Therefore 12 of 30 clients
-/// ask for their first one within 12 seconds around that window, evenly spread: as many as there are on average. It is wider
-/// than the window, since a daemon may send some together that are due within a few seconds.
+/// ask for their first one within 12 seconds around the window that begins `settling` seconds from now, evenly spread: as
+/// many as there are on average. Around it, since a daemon may send together what is due within a few seconds.
 class IdleConsumers {
  public:
   IdleConsumers(Run& run, size_t count, size_t settling) {
