@@ -2230,16 +2230,18 @@ class Channel {
 
   bool hungry() const { return !ready_.empty(); }
 
-  /// Gives out what waits, for as long as a consumer can take it: in turns, with runs as long as an even share allows.
+  /// Gives out what waits, for as long as a consumer can take it: in rounds, with an even share for each that is ready.
   void pump() {
-    static constexpr size_t kLongestRun = 512;  // messages; long enough to be cheap, short enough to be fair
-    while (broker_.serving && !paused && !ready_.empty()) {
+    static constexpr int64_t kLongestRun = 512;  // messages; long enough to be cheap, short enough to be fair
+    int64_t share = 0;
+    for (size_t left = 0; broker_.serving && !paused && !ready_.empty(); --left) {
+      if (left == 0) {
+        left = ready_.size();
+        share = std::clamp<int64_t>((queued() - 1) / static_cast<int64_t>(left) + 1, 1, kLongestRun);
+      }
       if (near_first_) bring_near_one_forward();
       Consumer& consumer = *ready_.front();
-      if (consumer.can_take()) {
-        const size_t share = static_cast<size_t>(std::max<int64_t>(queued(), 1)) / ready_.size();
-        if (deliver(consumer, std::clamp<size_t>(share, 1, kLongestRun)) == 0) return;
-      }
+      if (consumer.can_take() && deliver(consumer, static_cast<size_t>(share)) == 0) return;
       ready_.pop_front();
       consumer.listed = consumer.can_take();
       if (consumer.listed) ready_.push_back(&consumer);

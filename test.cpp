@@ -1574,6 +1574,17 @@ TEST(each_channel_gets_every_message_and_its_consumers_share_them) {
   CHECK_EQ(sorted(got["b"]), sorted(numbered("m", 0, 100)));
 }
 
+TEST(consumers_that_are_ready_for_all_get_an_even_share_of_a_batch) {
+  Process d;
+  Client a(d), b(d), c(d), publisher(d);
+  for (Client* consumer : {&a, &b, &c}) consumer->sub("t", "c", 1000);
+  publisher.mpub("t", numbered("m", 0, 90));
+  Strings got;
+  for (Client* consumer : {&a, &b, &c})
+    for (int i = 0; i < 30; i++) got.push_back(consumer->message().body);
+  CHECK_EQ(sorted(got), sorted(numbered("m", 0, 90)));
+}
+
 TEST(the_first_channel_gets_all_that_waited_and_a_later_one_what_comes_after_it) {
   Process d;
   Client publisher(d);
