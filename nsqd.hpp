@@ -557,7 +557,7 @@ class IdSource {
       write(step_ << 22 | node_);
     }
     const uint64_t last = digit(sequence_ >> 8) << 16 | digit(sequence_ >> 4) << 8 | digit(sequence_);
-    put_be(&id_.text[8], front_ | last);  // in one piece, since it is loaded at once: pieces would stall that
+    put_be(&id_.text[8], front_ | last);  // one store: to load at once what was stored in pieces would stall append()
     return id_;
   }
   /// Never make an id below this one again: it was found in the log at the start.
@@ -1314,7 +1314,7 @@ class Segment {
     put_be(at + 4, kMessage);
     put_be(at + 8, timestamp);
     put_be(at + 16, attempts);
-    store(at + 18, id.half(0));
+    store(at + 18, id.half(0));  // by halves, as they were stored: see IdSource
     store(at + 26, id.half(8));
     body.copy(at + kFrameHead, body.size());
     store(slot(written_), due != 0 ? offset | kDeferred : offset);
@@ -2233,7 +2233,7 @@ class Channel {
   /// Gives out what waits, for as long as a consumer can take it: in rounds, with an even share for each that is ready.
   void pump() {
     static constexpr int64_t kLongestRun = 512;  // messages; long enough to be cheap, short enough to be fair
-    int64_t share = 0;
+    int64_t share = 0;  // of this round, which has `left` turns to go
     for (size_t left = 0; broker_.serving && !paused && !ready_.empty(); --left) {
       if (left == 0) {
         left = ready_.size();
@@ -2315,7 +2315,7 @@ class Channel {
     if (cursor_ < lowest) move_cursor(lowest);
     for (uint32_t i = 0; ledger_.file.mapped() && i < ledger_.slots(); ++i)
       if (ledger_.used(i)) take_up(i);
-    const auto earlier = [this](const Requeued& a, const Requeued& b) { return ledger_.number(a.slot) < ledger_.number(b.slot); };
+    const auto earlier = [this](const auto& a, const auto& b) { return ledger_.number(a.slot) < ledger_.number(b.slot); };
     std::sort(requeued_.begin(), requeued_.end(), earlier);
     uint64_t expected = cursor_;
     for (const auto& segment : segments) {
@@ -2512,7 +2512,7 @@ class Channel {
   void drop_old_notes() {
     for (Due& note : due_)
       while (note.begin < note.end && held_[note.begin].due != note.at) ++note.begin;
-    due_.erase(std::remove_if(due_.begin(), due_.end(), [](const Due& note) { return note.begin == note.end; }), due_.end());
+    due_.erase(std::remove_if(due_.begin(), due_.end(), [](auto& note) { return note.begin == note.end; }), due_.end());
     std::make_heap(due_.begin(), due_.end());
   }
   void on_time() {
@@ -3292,7 +3292,8 @@ class V2Session : public Session {
     checked_ = checked_end_ = 0;
     return used_;
   }
-  /// The short way for what a consumer says most: a FIN of its message. All else takes the long one.
+  /// The short way for what a consumer says most: a FIN of its message. All else takes the long one. (A view that is
+  /// handed on is stored as two words and loaded as one, which stalls: half of step()'s time when this took one.)
   bool quick_fin(const char* input, size_t size) {
     const bool fin = size >= kFinSize && input[kFinSize - 1] == '\n' && std::memcmp(input, "FIN ", 4) == 0;
     if (!fin || port.consumer == nullptr) return false;
